@@ -1,0 +1,95 @@
+"""patchclamp: record, find, describe, prove and edit the neurons of any PyTorch network.
+
+```python
+import patchclamp as pc
+
+model = pc.load("all-MiniLM-L6-v2")
+recording = pc.record(model, ["Return the first item.", "It raises no error."], sites="mlp.*")
+print(recording["mlp.1"].firing_rate.rate)
+```
+
+Importing this package is cheap: each public name loads its module, and with it torch or
+transformers, only when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patchclamp.data import corpora as corpora
+    from patchclamp import find as find
+    from patchclamp.atlas import Atlas as Atlas
+    from patchclamp.atlas import NeuronCard as NeuronCard
+    from patchclamp.data import Tensors as Tensors
+    from patchclamp.data import Texts as Texts
+    from patchclamp.intervene import ablate as ablate
+    from patchclamp.intervene import clamp as clamp
+    from patchclamp.intervene import scale as scale
+    from patchclamp.model import Activations as Activations
+    from patchclamp.model import Model as Model
+    from patchclamp.model import Site as Site
+    from patchclamp.model import load as load
+    from patchclamp.neurons import Neurons as Neurons
+    from patchclamp.recording import ByLabel as ByLabel
+    from patchclamp.recording import ByToken as ByToken
+    from patchclamp.recording import FiringRate as FiringRate
+    from patchclamp.recording import FractionOfMaximum as FractionOfMaximum
+    from patchclamp.recording import Histogram as Histogram
+    from patchclamp.recording import MinMax as MinMax
+    from patchclamp.recording import Moments as Moments
+    from patchclamp.recording import OwnQuantile as OwnQuantile
+    from patchclamp.recording import Recording as Recording
+    from patchclamp.recording import Summary as Summary
+    from patchclamp.recording import TopExamples as TopExamples
+    from patchclamp.recording import record as record
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it. A name that equals its module's last part is the module itself.
+_HOME = {
+    "Activations": "patchclamp.model",
+    "Atlas": "patchclamp.atlas",
+    "ByLabel": "patchclamp.recording",
+    "ByToken": "patchclamp.recording",
+    "FiringRate": "patchclamp.recording",
+    "FractionOfMaximum": "patchclamp.recording",
+    "Histogram": "patchclamp.recording",
+    "MinMax": "patchclamp.recording",
+    "Model": "patchclamp.model",
+    "Moments": "patchclamp.recording",
+    "NeuronCard": "patchclamp.atlas",
+    "Neurons": "patchclamp.neurons",
+    "OwnQuantile": "patchclamp.recording",
+    "Recording": "patchclamp.recording",
+    "Site": "patchclamp.model",
+    "Summary": "patchclamp.recording",
+    "Tensors": "patchclamp.data",
+    "Texts": "patchclamp.data",
+    "TopExamples": "patchclamp.recording",
+    "ablate": "patchclamp.intervene",
+    "clamp": "patchclamp.intervene",
+    "corpora": "patchclamp.data.corpora",
+    "errors": "patchclamp.errors",
+    "find": "patchclamp.find",
+    "load": "patchclamp.model",
+    "record": "patchclamp.recording",
+    "scale": "patchclamp.intervene",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'patchclamp' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if home.rsplit(".", 1)[-1] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

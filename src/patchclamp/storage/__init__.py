@@ -1,0 +1,14 @@
+"""Folders on disk that are whole or absent: manifest, checksums, atomic writes. No torch here."""
+
+from patchclamp.storage.folder import FORMAT_VERSION, new_folder, read_manifest, verify_files, write_manifest
+from patchclamp.storage.hashing import sha256_of_bytes, sha256_of_file
+
+__all__ = [
+    "FORMAT_VERSION",
+    "new_folder",
+    "read_manifest",
+    "sha256_of_bytes",
+    "sha256_of_file",
+    "verify_files",
+    "write_manifest",
+]

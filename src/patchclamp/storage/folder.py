@@ -1,0 +1,156 @@
+"""A store is a folder with a `manifest.json` that lists every other file with its SHA-256.
+
+It is written into a temporary folder beside its final place and renamed when it is whole, so
+that a crash leaves either the old store or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from patchclamp.errors import DamagedStore, StoreError
+from patchclamp.storage.hashing import sha256_of_file
+
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], kind: str, replace: bool = True) -> Iterator[Path]:
+    """Give a temporary folder to fill; when the block ends well it becomes `path`, otherwise it vanishes.
+
+    A folder at `path` is replaced only if it is itself a store of this `kind` (and `replace`).
+
+    Raises:
+        StoreError: the place cannot be written, or something else is there already.
+    """
+    target = Path(path).expanduser().absolute()
+    _refuse_to_overwrite(target, kind, replace)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror or error} ({target.parent})") from error
+    try:
+        # mkdtemp makes a folder for its owner only; a store is an ordinary folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        work.chmod(0o777 & ~umask)
+        yield work
+        _swap(work, target, kind, replace)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `manifest.json` last: the content, the format, the time and the SHA-256 of every file in the folder."""
+    import patchclamp
+
+    manifest: dict[str, Any] = {
+        "format": f"patchclamp {kind}",
+        "format_version": FORMAT_VERSION,
+        "patchclamp": patchclamp.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **content,
+    }
+    files = sorted(each for each in folder.rglob("*") if each.is_file() and each != folder / _MANIFEST)
+    manifest["files"] = {each.relative_to(folder).as_posix(): sha256_of_file(each) for each in files}
+    temporary = folder / (_MANIFEST + ".part")
+    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, folder / _MANIFEST)
+    return manifest
+
+
+def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read the manifest of a store of this `kind` ("recording", "atlas").
+
+    Raises:
+        StoreError: nothing is there, or it is another kind of folder or of a newer format.
+        DamagedStore: the manifest itself cannot be read.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise StoreError(f"there is no {kind} at {folder}: the folder does not exist")
+    file = folder / _MANIFEST
+    if not file.is_file():
+        raise StoreError(f"{folder} is not a patchclamp {kind}: it has no {_MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedStore(f"{file} is damaged: {error}") from error
+    said = manifest.get("format") if isinstance(manifest, dict) else None
+    if said != f"patchclamp {kind}":
+        raise StoreError(f"{folder} is not a patchclamp {kind}: its {_MANIFEST} says {said!r}")
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} has format version {version!r}; this patchclamp reads up to {FORMAT_VERSION}: update it"
+        )
+    return manifest
+
+
+def verify_files(path: str | os.PathLike[str], manifest: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
+    """Compare every file that the manifest lists with its SHA-256; names beginning with one of `skip` only exist.
+
+    Raises:
+        DamagedStore: a file is missing, altered, or outside the folder; the message names it.
+    """
+    folder = Path(path).expanduser().resolve()
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        raise DamagedStore(f"{folder / _MANIFEST} is damaged: it lists no files")
+    for name, expected in listed.items():
+        file = (folder / name).resolve()
+        if not file.is_relative_to(folder):
+            raise DamagedStore(f"{folder / _MANIFEST} names a file outside the folder: {name}")
+        if not file.is_file():
+            raise DamagedStore(f"{folder / name} is missing")
+        if name.startswith(skip):
+            continue
+        try:
+            found = sha256_of_file(file)
+        except OSError as error:
+            raise DamagedStore(f"{folder / name} cannot be read: {error.strerror or error}") from error
+        if found != expected:
+            raise DamagedStore(f"{folder / name} is damaged: its content is not what was written (checksum differs)")
+
+
+def _refuse_to_overwrite(target: Path, kind: str, replace: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StoreError(f"cannot write {target}: a file is there already")
+    if not any(target.iterdir()):
+        return
+    try:
+        read_manifest(target, kind)
+    except StoreError as error:
+        raise StoreError(f"will not overwrite {target}: {error}") from error
+    if not replace:
+        raise StoreError(f"cannot write {target}: a {kind} is there already")
+
+
+def _swap(work: Path, target: Path, kind: str, replace: bool) -> None:
+    _refuse_to_overwrite(target, kind, replace)
+    try:
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, old / target.name)
+            try:
+                os.replace(work, target)
+            except OSError:
+                os.replace(old / target.name, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(work, target)
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
