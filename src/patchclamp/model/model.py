@@ -1,0 +1,456 @@
+"""`Model`: any torch module seen as named sites of neurons.
+
+It wraps the very object it is given: hooks go onto that object and are always taken off again, so
+inside `with model.intervene(...)` the user's own calls of the module are changed too.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from patchclamp.errors import DataError, ModelError, SiteNotReached, unknown
+from patchclamp.model.activations import Activations
+from patchclamp.model.hooks import Edit, hooked, reading
+from patchclamp.model.inspection import Inspection, inspect, linear_shape
+from patchclamp.model.probe import probe
+from patchclamp.model.signature import accepts, parameters
+from patchclamp.model.site import Site
+from patchclamp.model.tokenize import PaddedBatch, TokenReader, pad, require_tokenizer
+from patchclamp.neurons import Neurons
+
+
+class Intervention(Protocol):
+    """What `Model.intervene` needs of an intervention: for each site it acts on, a function of the tensor."""
+
+    def edits(self, model: Model) -> Mapping[str, Edit]:
+        """Name of a site -> function from its tensor `[..., size]` to the changed one. Raises on a wrong neuron."""
+        ...
+
+
+class Model:
+    """Any torch module seen as named sites of neurons, with its tokenizer or image processor.
+
+    Make one with `patchclamp.load`.
+
+    Attributes:
+        module: the wrapped module itself.
+        tokenizer: the tokenizer it was loaded with, or None.
+        processor: the image processor it was loaded with, or None.
+        name: what it was loaded from.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, processor: Any = None, name: str = "") -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.name = name or type(module).__name__
+        self.reader = None if tokenizer is None else TokenReader(tokenizer, getattr(module, "config", None))
+        self._inspection: Inspection | None = None
+        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+
+    # Sites ----------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """All sites by name, in the order in which a forward pass reaches them."""
+        return self._inspected.sites
+
+    def select(self, sites: str | Site | Iterable[str | Site]) -> list[Site]:
+        """Sites by name or glob (`mlp.3`, `mlp.*`, `mlp.[2-4]`), each once, in the order of `sites`.
+
+        `mlp.*` matches the MLPs of every stack (`encoder.mlp.0`, `vision.mlp.0`). `module:a.b.c` names
+        the output of any module.
+
+        Raises:
+            UnknownName: a name or glob matches nothing; the nearest names are listed.
+        """
+        wanted = [sites] if isinstance(sites, (str, Site)) else list(sites)
+        chosen: dict[str, Site] = {}
+        for each in wanted:
+            for site in self._matching(each):
+                chosen[site.name] = site
+        order = {name: position for position, name in enumerate(self.sites)}
+        return sorted(chosen.values(), key=lambda site: order.get(site.name, len(order)))
+
+    def site(self, name: str | Site) -> Site:
+        """The one site of that name.
+
+        Raises:
+            UnknownName: there is none.
+        """
+        if isinstance(name, Site):
+            return name
+        if name.startswith("module:"):
+            return self._named_module(name)
+        if name not in self.sites:
+            raise unknown("site", name, self.sites, self._why_not(name))
+        return self.sites[name]
+
+    def neurons(self, sites: str | Iterable[str] = "mlp.*") -> Neurons:
+        """Every neuron of the sites, as a table: what controls are drawn from."""
+        return Neurons({site.name: range(self._size(site)) for site in self.select(sites)})
+
+    def explain_sites(self) -> str:
+        """Which kinds of site are listed, and why others are not."""
+        lines = []
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites.values():
+            groups.setdefault(re.sub(r"\d+$", "*", site.name), []).append(site)
+        for name, members in groups.items():
+            sizes = sorted({str(site.size) for site in members})
+            lines.append(f"{name}: {len(members)} sites of {'/'.join(sizes)} neurons, read at {members[0].module}")
+        lines += [f"{name}: not listed: {why}" for name, why in self._inspected.unlisted.items()]
+        lines.append("Any module's output can be named by hand: module:" + self._some_module())
+        return "\n".join(lines)
+
+    # Weights --------------------------------------------------------------------------------------
+
+    def output_weights(self, site: str | Site) -> torch.Tensor:
+        """What each neuron writes: `[size, d]`, before any norm that follows. A view of the model's weights.
+
+        Raises:
+            ModelError: neurons of this kind have no output projection of their own.
+        """
+        found = self.site(site)
+        if found.writes is None:
+            hint = f"; see {found.name.replace('gate', 'mlp')}" if found.kind == "gate" else ""
+            raise ModelError(f"{found.name} is of kind {found.kind!r}: it has no output projection of its own{hint}")
+        return _inputs_by_outputs(self.module.get_submodule(found.writes))
+
+    def input_weights(self, site: str | Site) -> dict[str, torch.Tensor]:
+        """What each neuron reads: `{"in": [size, d]}`, or `{"gate": ..., "up": ...}`. Views of the model's weights.
+
+        Raises:
+            ModelError: no single projection feeds neurons of this kind.
+        """
+        found = self.site(site)
+        if not found.reads:
+            raise ModelError(f"{found.name} is of kind {found.kind!r}: no projection feeds its neurons one by one")
+        if "gate_up" in found.reads:
+            raise ModelError(f"{found.name}: gate and up are one fused projection, {found.reads['gate_up']}")
+        return {role: _inputs_by_outputs(self.module.get_submodule(path)).T for role, path in found.reads.items()}
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over the names, shapes, types and bytes of all weights; computed again only when one changed."""
+        tensors = self.module.state_dict(keep_vars=True)
+        versions = tuple(each for tensor in tensors.values() for each in (tensor.data_ptr(), tensor._version))
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            digest = hashlib.sha256()
+            for name, tensor in tensors.items():
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            self._fingerprint = (versions, digest.hexdigest())
+        return self._fingerprint[1]
+
+    # Running --------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module and return its own output.
+
+        Tensors and keywords are passed through. A text or a list of texts is tokenized first, and padded
+        on the tokenizer's side; keywords may be added.
+        """
+        if args and (isinstance(args[0], str) or _is_texts(args[0])):
+            if len(args) > 1:
+                raise DataError("give texts as one list: model([first, second])")
+            return self.module(**self.inputs(args[0]), **kwargs)
+        return self.module(*args, **kwargs)
+
+    def inputs(self, texts: str | Sequence[str]) -> dict[str, torch.Tensor]:
+        """The keyword arguments with which the module reads these texts, without those it does not take."""
+        reader = require_tokenizer(self.reader, "a text")
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        encoded = reader.encode(listed)
+        return self.text_inputs(pad([each.ids for each in encoded], reader.pad_id, reader.padding_side))
+
+    def text_inputs(self, batch: PaddedBatch, decoder: PaddedBatch | None = None) -> dict[str, torch.Tensor]:
+        """Keyword arguments for a padded batch of token ids; `decoder` is what an encoder-decoder's decoder reads."""
+        inputs = batch.inputs()
+        if self.is_encoder_decoder:
+            inputs |= (decoder or self.shifted(batch)).inputs("decoder_")
+        elif bool(batch.mask.all()) or bool((batch.position == torch.arange(batch.ids.shape[1])).logical_or(~batch.mask).all()):
+            # Without left padding the model counts positions itself, and in its own way (OPT, RoBERTa).
+            inputs.pop("position_ids")
+        taken = parameters(self.module)
+        return {name: value.to(self.device) for name, value in inputs.items() if name in taken}
+
+    def shifted(self, batch: PaddedBatch) -> PaddedBatch:
+        """What a decoder is given to write this batch: the start token, then the batch without its last token."""
+        config = self.module.config
+        start = getattr(config, "decoder_start_token_id", None)
+        start = start if isinstance(start, int) else getattr(config, "bos_token_id", None) or 0
+        rows = [row[mask].tolist() for row, mask in zip(batch.ids, batch.mask, strict=True)]
+        reader = self.reader
+        return pad([[start, *row[:-1]] for row in rows], reader.pad_id if reader else 0)
+
+    def tokens(self, text: str) -> list[str]:
+        """The tokens of a text as the model reads it, special tokens included; joined they read as the text."""
+        reader = require_tokenizer(self.reader, "tokens()")
+        return reader.strings(reader.encode([text])[0].ids)
+
+    def activations(self, x: Any, sites: str | Site | Iterable[str | Site] = "mlp.*") -> Any:
+        """Activations of one input, without gradient.
+
+        Args:
+            x: a text, a list of texts, a tensor, or a mapping of keyword arguments.
+            sites: one site, or several by glob or list.
+
+        Returns:
+            For a text at one site: `Activations` `[tokens, size]` with the token strings. Several sites give a
+            dict by site, several texts a list. For a tensor: the site's tensor as it is, `[examples, ..., size]`.
+
+        Raises:
+            SiteNotReached: the forward pass never called the site's module.
+        """
+        if _is_texts(x):
+            return [self.activations(text, sites) for text in x]
+        chosen = self.select(sites)
+        single = isinstance(sites, Site) or (isinstance(sites, str) and sites in (chosen[0].name, self._unalias(sites)))
+        tokens: dict[str, list[str]] = {}
+        with self.evaluating(), torch.no_grad(), reading(self.module, chosen) as captured:
+            if isinstance(x, str):
+                inputs = self.inputs(x)
+                self.module(**inputs)
+                tokens = self._token_strings(inputs)
+            elif isinstance(x, Mapping):
+                self.module(**x)
+            else:
+                self.module(x)
+        result = {}
+        for site in chosen:
+            tensor = joined(site, captured[site.name])
+            strings = tokens.get("decoder" if site.stack == "decoder" else "") if tokens else None
+            if strings is not None:
+                tensor = tensor.reshape(-1, tensor.shape[-1])
+                strings = strings if len(strings) == len(tensor) else None
+            result[site.name] = Activations.of(tensor, site.name, strings)
+        return result[chosen[0].name] if single else result
+
+    def logits(self, text: str) -> torch.Tensor:
+        """Logits of one text, `[tokens, vocabulary]` (a classifier: `[classes]`), without gradient."""
+        with self.evaluating(), torch.no_grad():
+            output = self(text)
+        if getattr(output, "logits", None) is None:
+            raise ModelError(f"{type(self.module).__name__} has no head that gives logits")
+        return output.logits[0]
+
+    def embed(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """One vector per text: the mean over its tokens of the last hidden state, scaled to length 1. `[texts, d]`."""
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        vectors = []
+        with self.evaluating(), torch.no_grad():
+            for start in range(0, len(listed), 32):
+                inputs = self.inputs(listed[start : start + 32])
+                wants_states = {"output_hidden_states": True} if not self._returns_states else {}
+                output = self.module(**inputs, **wants_states)
+                hidden = getattr(output, "last_hidden_state", None)
+                if hidden is None:
+                    states = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
+                    if not states:
+                        raise ModelError(f"{type(self.module).__name__} gives no hidden states to average")
+                    hidden = states[-1]
+                mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))
+                weight = mask[..., None].to(hidden.dtype)
+                vectors.append((hidden * weight).sum(1) / weight.sum(1))
+        return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
+
+    def generate(self, text: str, max_new_tokens: int = 40, **options: Any) -> str:
+        """Continue a text; returns what was added. Greedy unless `options` (those of `transformers`) say otherwise."""
+        if not hasattr(self.module, "generate"):
+            raise ModelError(f"{type(self.module).__name__} cannot generate")
+        inputs = {n: v for n, v in self.inputs(text).items() if not n.startswith("decoder_") and n != "position_ids"}
+        options = {"do_sample": False} | options
+        with self.evaluating(), torch.no_grad():
+            out = self.module.generate(**inputs, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+        start = 0 if self.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return self.tokenizer.decode(out[0, start:], skip_special_tokens=True)
+
+    # Intervening ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def intervene(self, *interventions: Intervention) -> Iterator[Model]:
+        """Apply interventions, in order, to every call of the module while the block runs; then take them off.
+
+        They are taken off on an exception, on Ctrl-C and in nested blocks too; afterwards the module is as before.
+
+        Raises:
+            UnknownName: a site or neuron that the model does not have.
+            SiteNotReached: the module was called, but a site of the intervention was never reached,
+                so it had no effect.
+        """
+        edits: list[tuple[Site, Edit]] = []
+        reached: set[str] = set()
+        calls = 0
+        for intervention in interventions:
+            for name, edit in intervention.edits(self).items():
+                edits.append((self.site(name), _noting(edit, name, reached)))
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        with hooked(self.module, edits):
+            handle = self.module.register_forward_hook(count)
+            try:
+                yield self
+            finally:
+                handle.remove()
+        missed = [site.name for site, _ in edits if site.name not in reached]
+        if calls and missed:
+            raise SiteNotReached(
+                f"the intervention had no effect at {missed[0]}: in {calls} forward passes its module "
+                f"({self.site(missed[0]).module}) was never called"
+            )
+
+    # What the rooms above need ----------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first weight."""
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether a Hugging Face model with an encoder and a decoder."""
+        return bool(getattr(getattr(self.module, "config", None), "is_encoder_decoder", False)) and accepts(
+            self.module, "decoder_input_ids"
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The module in evaluation mode (no dropout) while the block runs; its own mode is put back."""
+        training = [module for module in self.module.modules() if module.training]
+        if not training:
+            yield
+            return
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def __repr__(self) -> str:
+        kinds: dict[str, int] = {}
+        for site in self.sites.values():
+            kinds[site.kind] = kinds.get(site.kind, 0) + 1
+        listed = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no sites"
+        return f"Model({self.name!r}, {type(self.module).__name__}: {listed})"
+
+    @property
+    def _inspected(self) -> Inspection:
+        if self._inspection is None:
+            found = inspect(self.module)
+            probe(self.module, found)
+            order = ("resid_pre", "attn", "resid_mid", "gate", "mlp", "resid_post")
+            stacks = [stack.name for stack in found.stacks]
+            found.sites = dict(
+                sorted(
+                    found.sites.items(),
+                    key=lambda item: (
+                        stacks.index(item[1].stack) if item[1].stack in stacks else 0,
+                        item[1].layer or 0,
+                        order.index(item[1].kind) if item[1].kind in order else len(order),
+                    ),
+                )
+            )
+            self._inspection = found
+        return self._inspection
+
+    def _matching(self, wanted: str | Site) -> list[Site]:
+        if isinstance(wanted, Site):
+            return [wanted]
+        if not isinstance(wanted, str):
+            raise DataError(f"a site is named by a text such as 'mlp.3' or 'mlp.*', not by {wanted!r}")
+        if wanted.startswith("module:"):
+            return [self._named_module(wanted)]
+        pattern = self._unalias(wanted)
+        found = [site for name, site in self.sites.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            found = [site for name, site in self.sites.items() if fnmatch.fnmatchcase(name, f"*.{pattern}")]
+        if not found:
+            raise unknown("site", wanted, self.sites, self._why_not(wanted))
+        return found
+
+    @staticmethod
+    def _unalias(name: str) -> str:
+        return name
+
+    def _named_module(self, name: str) -> Site:
+        path = name.removeprefix("module:")
+        modules = dict(self.module.named_modules())
+        if path not in modules:
+            raise unknown("module", path, [each for each in modules if each])
+        shape = linear_shape(modules[path])
+        return Site(name, "module", None, shape[1] if shape else None, module=path, tensor="output")
+
+    def _why_not(self, name: str) -> str:
+        for pattern, why in self._inspected.unlisted.items():
+            if fnmatch.fnmatchcase(name, pattern) or name == pattern.removesuffix(".*") or name == pattern:
+                return f"{pattern} is not listed: {why}."
+        if not self.sites:
+            return " ".join(self._inspected.unlisted.values()) + ". Name a module by hand: module:" + self._some_module()
+        return ""
+
+    def _some_module(self) -> str:
+        return next((path for path, module in reversed(list(self.module.named_modules())) if path), "a.b.c")
+
+    def _size(self, site: Site) -> int:
+        if site.size is None:
+            raise ModelError(f"the number of neurons of {site.name} is not known before a forward pass")
+        return site.size
+
+    def _token_strings(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+        reader = require_tokenizer(self.reader, "token strings")
+        strings = {"": reader.strings(inputs["input_ids"][0].tolist())}
+        if "decoder_input_ids" in inputs:
+            strings["decoder"] = reader.strings(inputs["decoder_input_ids"][0].tolist())
+        return strings
+
+    @property
+    def _returns_states(self) -> bool:
+        return not any(hasattr(self.module, head) for head in ("lm_head", "classifier", "score", "cls", "qa_outputs"))
+
+
+def joined(site: Site, captured: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor of a site from one forward pass.
+
+    A block that computes its MLP in pieces along the sequence calls the module several times.
+
+    Raises:
+        SiteNotReached: the module was never called.
+    """
+    if not captured:
+        raise SiteNotReached(
+            f"the forward pass never reached {site.name}: the module {site.module} was not called. "
+            "Its weights may be used directly by a fused kernel, or this input takes another path"
+        )
+    return captured[0] if len(captured) == 1 else torch.cat(list(captured), dim=1)
+
+
+def _inputs_by_outputs(module: nn.Module) -> torch.Tensor:
+    weight = cast(torch.Tensor, module.weight).detach()
+    return weight if type(module).__name__ == "Conv1D" else weight.T
+
+
+def _is_texts(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(each, str) for each in x)
+
+
+def _noting(edit: Edit, name: str, reached: set[str]) -> Edit:
+    def wrapped(tensor: torch.Tensor) -> torch.Tensor:
+        reached.add(name)
+        return edit(tensor)
+
+    return wrapped

@@ -1,0 +1,152 @@
+"""Turn texts into token ids and padded batches, and token ids into strings that read as text.
+
+The user's tokenizer is never changed: fast tokenizers keep truncation settings inside, so a copy is
+used. Padding is done here, under the attention mask, so a tokenizer needs no padding token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from patchclamp.errors import ModelError
+
+# Where a Hugging Face configuration keeps the longest sequence that the model itself can take.
+_LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_source_positions")
+
+
+class Encoded(NamedTuple):
+    """One text as the model reads it."""
+
+    ids: list[int]
+    special: list[bool]  # tokens that the tokenizer added: they are not part of the text
+    truncated: bool
+
+
+class TokenReader:
+    """A tokenizer's reading side, with its settings fixed."""
+
+    def __init__(self, tokenizer: Any, config: Any = None) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self.padding_side: str = getattr(tokenizer, "padding_side", "right")
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id: int = pad if isinstance(pad, int) else 0
+        self.max_length = _max_length(tokenizer, config)
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[Encoded]:
+        """Token ids of each text, cut at `max_length` (default: what model and tokenizer can take)."""
+        limit = self.max_length if max_length is None else max_length
+        # One token more than the limit would be enough to know of a cut, but a tokenizer that adds special
+        # tokens at the end must see the limit itself: so cut texts are those that fill it and change without it.
+        batch = self._tokenizer(
+            list(texts),
+            truncation=limit is not None,
+            max_length=limit,
+            padding=False,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+        )
+        ids, special = batch["input_ids"], batch["special_tokens_mask"]
+        full = [number for number, each in enumerate(ids) if limit is not None and len(each) >= limit]
+        cut = set()
+        if full:
+            whole = self._tokenizer([texts[number] for number in full], truncation=False, padding=False, verbose=False)
+            cut = {n for n, each in zip(full, whole["input_ids"], strict=True) if len(each) > len(ids[n])}
+        return [
+            Encoded(list(each), [bool(flag) for flag in flags], number in cut)
+            for number, (each, flags) in enumerate(zip(ids, special, strict=True))
+        ]
+
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as it reads in a text; joined, they give the text back (up to the tokenizer's own losses)."""
+        return [self.display(token) for token in self._tokenizer.convert_ids_to_tokens([int(each) for each in ids])]
+
+    def display(self, token: str | None) -> str:
+        """One raw token (`##ing`, `Ġthe`, `▁the`, `<0x0A>`) as text."""
+        if token is None:
+            return "�"
+        if token in self._tokenizer.all_special_tokens:
+            return token
+        if self._is_wordpiece:
+            return token[2:] if token.startswith("##") and len(token) > 2 else f" {token}"
+        if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+            return bytes([int(token[3:5], 16)]).decode("utf-8", errors="replace")
+        if "▁" in token:
+            return token.replace("▁", " ")
+        if self._is_byte_level:
+            return self._tokenizer.convert_tokens_to_string([token])
+        return token
+
+    @property
+    def _is_wordpiece(self) -> bool:
+        return self._kind("WordPiece")
+
+    @property
+    def _is_byte_level(self) -> bool:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return "ByteLevel" in type(getattr(backend, "decoder", None)).__name__ or backend is None
+
+    def _kind(self, name: str) -> bool:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return name in type(getattr(backend, "model", None)).__name__ or name in type(self._tokenizer).__name__
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of the tokenizer's special tokens."""
+        return set(self._tokenizer.all_special_ids)
+
+
+class PaddedBatch(NamedTuple):
+    """Token ids of several texts as one rectangle. All `[texts, length]`."""
+
+    ids: torch.Tensor  # int64
+    mask: torch.Tensor  # bool: True where there is a token
+    position: torch.Tensor  # int64: index of the token in its own text; 0 on padding
+
+    def inputs(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """As keyword arguments of a Hugging Face model."""
+        return {
+            f"{prefix}input_ids": self.ids,
+            f"{prefix}attention_mask": self.mask.long(),
+            f"{prefix}position_ids": self.position,
+        }
+
+
+def pad(sequences: Sequence[Sequence[int] | np.ndarray], pad_id: int, side: str = "right") -> PaddedBatch:
+    """Put token ids of different lengths into one rectangle, padded on the given side."""
+    lengths = torch.tensor([len(each) for each in sequences])
+    width = int(lengths.max()) if len(sequences) else 0
+    column = torch.arange(width)[None]
+    start = width - lengths[:, None] if side == "left" else torch.zeros(len(sequences), 1, dtype=torch.long)
+    mask = (column >= start) & (column < start + lengths[:, None])
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    flat = np.concatenate([np.asarray(each, dtype=np.int64) for each in sequences]) if len(sequences) else []
+    ids[mask] = torch.as_tensor(flat, dtype=torch.long)
+    position = torch.where(mask, column - start, 0)
+    return PaddedBatch(ids, mask, position)
+
+
+def _max_length(tokenizer: Any, config: Any) -> int | None:
+    limits = []
+    of_tokenizer = getattr(tokenizer, "model_max_length", None)
+    if isinstance(of_tokenizer, int) and 0 < of_tokenizer < 10**9:  # an absent limit is stored as 1e30
+        limits.append(of_tokenizer)
+    for holder in (config, getattr(config, "text_config", None)):
+        for name in _LENGTH_LIMITS:
+            limit = getattr(holder, name, None)
+            if isinstance(limit, int) and limit > 0:
+                limits.append(limit)
+    return min(limits) if limits else None
+
+
+def require_tokenizer(reader: TokenReader | None, what: str) -> TokenReader:
+    """The reader, or an error that says what to do."""
+    if reader is None:
+        raise ModelError(
+            f"{what} needs a tokenizer and this model has none: pc.load(module, tokenizer=...), or give it tensors"
+        )
+    return reader
