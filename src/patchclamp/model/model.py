@@ -177,8 +177,9 @@ class Model:
         inputs = batch.inputs()
         if self.is_encoder_decoder:
             inputs |= (decoder or self.shifted(batch)).inputs("decoder_")
-        elif bool(batch.mask.all()) or bool((batch.position == torch.arange(batch.ids.shape[1])).logical_or(~batch.mask).all()):
-            # Without left padding the model counts positions itself, and in its own way (OPT, RoBERTa).
+        # Models count positions themselves, some in ways of their own (RoBERTa from the ids, OPT from the mask).
+        # Only under left padding the common way, 0 at the left edge, would be wrong.
+        if not _is_left_padded(batch) or self._positions_from_ids:
             inputs.pop("position_ids")
         taken = parameters(self.module)
         return {name: value.to(self.device) for name, value in inputs.items() if name in taken}
@@ -419,6 +420,20 @@ class Model:
         return strings
 
     @property
+    def safe_padding_side(self) -> str:
+        """The tokenizer's padding side if the module can be told the positions, else right, which is always right."""
+        side = "right" if self.reader is None else self.reader.padding_side
+        return side if accepts(self.module, "position_ids") and not self._positions_from_ids else "right"
+
+    @property
+    def _positions_from_ids(self) -> bool:
+        # RoBERTa's family: the table of positions has a padding row, and positions start after it.
+        return any(
+            isinstance(each, nn.Embedding) and each.padding_idx is not None and "position" in path
+            for path, each in self.module.named_modules()
+        )
+
+    @property
     def _returns_states(self) -> bool:
         return not any(hasattr(self.module, head) for head in ("lm_head", "classifier", "score", "cls", "qa_outputs"))
 
@@ -437,6 +452,10 @@ def joined(site: Site, captured: Sequence[torch.Tensor]) -> torch.Tensor:
             "Its weights may be used directly by a fused kernel, or this input takes another path"
         )
     return captured[0] if len(captured) == 1 else torch.cat(list(captured), dim=1)
+
+
+def _is_left_padded(batch: PaddedBatch) -> bool:
+    return batch.mask.numel() > 0 and not bool(batch.mask[:, 0].all())
 
 
 def _inputs_by_outputs(module: nn.Module) -> torch.Tensor:
