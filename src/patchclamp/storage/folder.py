@@ -40,11 +40,8 @@ def new_folder(path: str | os.PathLike[str], kind: str, replace: bool = True) ->
     except OSError as error:
         raise StoreError(f"cannot write {target}: {error.strerror or error} ({target.parent})") from error
     try:
-        # mkdtemp makes a folder for its owner only; a store is an ordinary folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o777 & ~umask)
         yield work
+        _open_to_others(work)
         _swap(work, target, kind, replace)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -121,6 +118,14 @@ def verify_files(path: str | os.PathLike[str], manifest: Mapping[str, Any], skip
             raise DamagedStore(f"{folder / name} cannot be read: {error.strerror or error}") from error
         if found != expected:
             raise DamagedStore(f"{folder / name} is damaged: its content is not what was written (checksum differs)")
+
+
+def _open_to_others(work: Path) -> None:
+    # Temporary files are for their owner only; those of a store have the ordinary permissions.
+    umask = os.umask(0)
+    os.umask(umask)
+    for each in (work, *work.rglob("*")):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
 
 
 def _refuse_to_overwrite(target: Path, kind: str, replace: bool) -> None:
