@@ -90,25 +90,51 @@ def record(
         StoreError: the store cannot be written, or holds a recording of something else (which is said).
     """
     model = model if isinstance(model, Model) else load(model)
+    _check_writable(store)
+    run = prepare(
+        model,
+        data,
+        sites,
+        summaries,
+        activations=activations,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        progress=progress,
+        special_tokens=special_tokens,
+        memory=memory,
+    )
+    if (found := _found(store, run.facts)) is not None:
+        return found
+    recording = run.go(progress)
+    if store is not None:
+        recording.save(store)
+    return recording
+
+
+def prepare(
+    model: Model,
+    data: Any,
+    sites: str | Site | Iterable[str | Site] = "mlp.*",
+    summaries: Sequence[Summary | type[Summary]] | None = None,
+    *,
+    activations: bool = False,
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    progress: bool = True,
+    special_tokens: bool = False,
+    memory: int | None = None,
+) -> Run:
+    """All of `record` that comes before the first forward pass: check what was asked for, and tokenize."""
     if batch_tokens < 1:
         raise DataError(f"batch_tokens is a number of tokens, at least 1; not {batch_tokens}")
     chosen = model.select(sites)
     given = as_data(data)
     templates = _templates(summaries, bool(given.labels), _has_tokens(given))
-    _check_writable(store)
     corpus = _corpus(model, given, max_length, special_tokens, progress)
     facts = _facts(model, corpus, chosen, templates, max_length, seed, special_tokens, activations)
-    if (found := _found(store, facts)) is not None:
-        return found
-    if any(module.training for module in model.module.modules()):
-        warnings.warn("the model is in training mode; it is recorded in evaluation mode", stacklevel=2)
-    run = _Run(model, corpus, chosen, templates, batch_tokens, seed, activations, facts)
-    _check_memory(run.expected_bytes(), memory, corpus, chosen, progress)
-    run.go(progress)
-    recording = run.finish()
-    if store is not None:
-        recording.save(store)
-    return recording
+    return Run(model, corpus, chosen, templates, batch_tokens, seed, activations, facts, memory)
 
 
 def default_summaries(labels: bool, tokens: bool) -> list[Summary]:
@@ -126,7 +152,9 @@ def default_summaries(labels: bool, tokens: bool) -> list[Summary]:
 
 
 @dataclass
-class _Run:
+class Run:
+    """One recording on its way: what it will read, and what it has seen so far."""
+
     model: Model
     corpus: Corpus
     sites: list[Site]
@@ -135,6 +163,7 @@ class _Run:
     seed: int
     activations: bool
     facts: dict[str, Any]
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         self.accumulators: dict[str, dict[str, Summary]] = {}
@@ -155,7 +184,11 @@ class _Run:
         usable = [each for each in self.templates.values() if self._usable(each, self.tokens is not None)]
         return sum(each.nbytes(settings) for each in usable)
 
-    def go(self, show: bool) -> None:
+    def go(self, show: bool) -> Recording:
+        """Run the model over the data and give the recording."""
+        if any(module.training for module in self.model.module.modules()):
+            warnings.warn("the model is in training mode; it is recorded in evaluation mode", stacklevel=3)
+        _check_memory(self.expected_bytes(), self.memory, self.corpus, self.sites, show)
         if any(each.relative for each in self.templates.values()):
             self._calibrate(show)
         if self.activations:
@@ -168,8 +201,9 @@ class _Run:
                 bar.advance(read.tokens)
         for writer in self.writers.values():
             writer.close()
+        return self._finish()
 
-    def finish(self) -> Recording:
+    def _finish(self) -> Recording:
         by_site = {}
         for site in self.sites:
             summaries = self.accumulators[site.name]
@@ -180,12 +214,18 @@ class _Run:
                 warnings.warn(
                     f"{site.name}: {found['nan']} activations are NaN and {found['infinite']} infinite; "
                     f"{found['rows']} of {found['rows'] + self.counts[site.name]} rows were left out of its summaries",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             by_site[site.name] = SiteRecording(sized, self.counts[site.name], found, summaries, kept)
         windows = self._windows(by_site)
         labels = {name: tuple(each) for name, each in self.corpus.labels.items()}
-        return Recording(by_site, self.facts, labels, self._vocabulary(windows), windows, None, self.folder)
+        shown = sorted({example for each in windows.values() for example in each.examples.tolist()})
+        of_examples = {
+            example: {name: labels[name][codes[example]] for name, codes in self.corpus.codes.items()}
+            for example in shown
+        }
+        vocabulary = self._vocabulary(windows)
+        return Recording(by_site, self.facts, labels, vocabulary, windows, of_examples, None, self.folder)
 
     def _take(self, site: Site, whole: Batch) -> None:
         batch, found = finite_rows(whole)

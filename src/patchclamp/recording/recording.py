@@ -76,6 +76,7 @@ class Recording:
         labels: label -> categories of the data.
         vocabulary: token id -> its text, for the tokens that the recording shows.
         windows: the text around every position that the recording shows; what a decoder read is under "decoder".
+        labels_of_examples: example -> label -> category, for the examples that the recording shows.
         path: the folder it was read from or written to, or None.
     """
 
@@ -84,6 +85,7 @@ class Recording:
     labels: dict[str, tuple[str, ...]]
     vocabulary: dict[int, str]
     windows: dict[str, Windows]
+    labels_of_examples: dict[int, dict[str, str]]
     path: Path | None = None
     # Keeps a temporary folder with activations alive as long as the recording.
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
@@ -121,6 +123,10 @@ class Recording:
             raise UnknownName("the recording keeps no text: its data has no tokens")
         return self.windows[stack].at(example, position, context)
 
+    def labels_of(self, example: int) -> dict[str, str]:
+        """Label -> category of an example that the recording shows; `{}` for another."""
+        return self.labels_of_examples.get(int(example), {})
+
     def text(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The tokens of these ids as they read in a text."""
         return [self.vocabulary.get(int(each), "�") for each in ids]
@@ -138,7 +144,7 @@ class Recording:
             if each.activations is None:
                 raise DataError("pairing activations with tokens anew needs them: record(..., activations=True)")
             permuted[name] = _permuted(each, self.labels, seed)
-        return Recording(permuted, self.facts, self.labels, self.vocabulary, self.windows, None, self._folder)
+        return Recording(permuted, self.facts, self.labels, self.vocabulary, self.windows, self.labels_of_examples, None, self._folder)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording into a folder: safetensors, Parquet, Zarr and a manifest with checksums.
@@ -200,6 +206,12 @@ class Recording:
             {"id": list(self.vocabulary), "text": list(self.vocabulary.values())},
             schema={"id": pl.Int64, "text": pl.String},
         ).write_parquet(folder / "vocabulary.parquet")
+        shown = list(self.labels_of_examples.items())
+        pl.DataFrame(
+            {"example": [example for example, _ in shown]}
+            | {name: [labels[name] for _, labels in shown] for name in self.labels},
+            schema={"example": pl.Int64} | dict.fromkeys(self.labels, pl.String),
+        ).write_parquet(folder / "examples.parquet")
         if any(each.activations is not None for each in self.by_site.values()):
             shutil.copytree(self.activations_folder, folder / "activations")
         write_manifest(folder, "recording", self._manifest())
@@ -272,6 +284,8 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
         kept = opened_activations(folder / "activations", name) if manifest["activations"] else None
         by_site[name] = SiteRecording(site, stored["count"], stored["nonfinite"], summaries, kept)
     vocabulary = pl.read_parquet(folder / "vocabulary.parquet")
+    shown = pl.read_parquet(folder / "examples.parquet")
+    of_examples = {row.pop("example"): row for row in shown.iter_rows(named=True)}
     facts = {key: manifest[key] for key in ("model", "data", "parameters", "versions")}
     return Recording(
         by_site,
@@ -282,6 +296,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
             stack: Windows.restored(load_file(folder / f"windows{'.' if stack else ''}{stack}.safetensors"))
             for stack in manifest["windows"]
         },
+        of_examples,
         folder,
     )
 

@@ -86,6 +86,11 @@ class Windows:
         raise UnknownName(f"the recording keeps no text around position {position} of example {example}")
 
     @property
+    def examples(self) -> np.ndarray:
+        """The examples of which something is kept, ascending. int64."""
+        return np.unique(self._examples)
+
+    @property
     def token_ids(self) -> np.ndarray:
         """All token ids that occur, ascending."""
         return np.unique(self._ids)

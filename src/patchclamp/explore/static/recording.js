@@ -1,0 +1,51 @@
+// What was recorded, in words, above the table.
+
+import { element } from "./dom.js";
+import { number, plural } from "./words.js";
+
+export function recordingFacts(about) {
+  const { model, data } = about;
+  return [
+    element("h1", {}, element("bdi", {}, model.name)),
+    element(
+      "p", { class: "lead" },
+      `${plural(about.neurons, "neuron")} at ${plural(about.sites.length, "site")}, recorded on `,
+      `${plural(data.tokens, "token")} of ${plural(data.examples, "example")} of `, element("bdi", {}, data.name), ".",
+    ),
+    element("p", {}, strikingWords(about.striking)),
+    element("details", {}, element("summary", {}, "About this recording"), details(about)),
+  ];
+}
+
+function strikingWords(striking) {
+  const what = "most of its strong firings are on one word family, and it fires strongly on most of that family’s occurrences.";
+  if (!striking) return "No neuron is striking: there is none of which " + what;
+  return `${number(striking)} of them ${striking === 1 ? "is" : "are"} striking (★). Of a striking neuron ` + what;
+}
+
+function details(about) {
+  const { model, data } = about;
+  const facts = [
+    ["Model", model.class], ["Weights, SHA-256", model.weights_sha256],
+    ["Data", data.name], ["Data, SHA-256", data.sha256],
+    ["Recorded", about.created], ["patchclamp", about.patchclamp],
+    ...Object.entries(about.labels).map(([label, values]) => [`Label “${label}”`, values.join(", ")]),
+  ];
+  const sites = about.sites.map((site) =>
+    element("tr", {}, element("th", { scope: "row" }, site.name), element("td", {}, site.kind),
+      element("td", { class: "figure" }, site.layer === null ? "" : String(site.layer)),
+      element("td", { class: "figure" }, number(site.size)), element("td", {}, site.activation ?? "")),
+  );
+  const heads = ["Site", "Kind", "Layer", "Neurons", "Nonlinearity"];
+  return element(
+    "div", { class: "about" },
+    element("dl", {}, facts.filter(([, value]) => value !== undefined && value !== null && value !== "").flatMap(([name, value]) => [
+      element("dt", {}, name), element("dd", {}, element("bdi", {}, String(value))),
+    ])),
+    element("div", { class: "scroll" }, element(
+      "table", { class: "small" },
+      element("thead", {}, element("tr", {}, heads.map((head, place) => element("th", { scope: "col", class: place === 2 || place === 3 ? "figure" : null }, head)))),
+      element("tbody", {}, sites),
+    )),
+  );
+}
