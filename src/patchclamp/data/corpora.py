@@ -176,6 +176,10 @@ def _read(path: Path) -> Iterator[tuple[str, str]]:
 
 
 _Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_BLOCKS = (
+    *(ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.With, ast.AsyncWith, ast.Try, ast.TryStar),
+    *(ast.ExceptHandler, ast.If, ast.For, ast.AsyncFor, ast.While, ast.Match, ast.match_case),
+)
 
 
 def _definitions(node: ast.AST, nested: bool = False) -> Iterator[tuple[_Definition, bool]]:
@@ -183,15 +187,15 @@ def _definitions(node: ast.AST, nested: bool = False) -> Iterator[tuple[_Definit
     if isinstance(node, _Definition):
         yield node, nested
         nested = nested or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    # Only statements hold definitions; not walking through the expressions saves most of the time.
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-        below = getattr(node, field, ())
-        for each in below if isinstance(below, list) else ():
-            yield from _definitions(each, nested)
+    # Only blocks hold definitions; to walk through every expression would take most of the time.
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for each in getattr(node, field, ()):
+            if isinstance(each, _BLOCKS):
+                yield from _definitions(each, nested)
 
 
 def _pieces(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Iterator[str]:
-    """The lines of a function without docstrings, in pieces of similar length."""
+    """The lines of a function without docstrings, in pieces whose lengths differ by one line at most."""
     hidden: set[int] = set()
     for node, _ in _definitions(function):
         first = node.body[0]
@@ -202,6 +206,6 @@ def _pieces(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) 
     start = min([function.lineno, *(each.lineno for each in function.decorator_list)])
     end = function.end_lineno or function.lineno
     kept = [lines[number - 1] for number in range(start, end + 1) if number not in hidden]
-    size = math.ceil(len(kept) / max(1, math.ceil(len(kept) / _CODE_LINES)))
-    for begin in range(0, len(kept), max(1, size)):
-        yield "\n".join(kept[begin : begin + size])
+    count = math.ceil(len(kept) / _CODE_LINES)
+    for piece in range(count):
+        yield "\n".join(kept[piece * len(kept) // count : (piece + 1) * len(kept) // count])

@@ -1,0 +1,28 @@
+"""Run every benchmark and write its figures into docs/performance.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import record_cost
+from machine import described
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+
+INTRODUCTION = """# Performance
+
+Speed is measured as a ratio, side by side in one run, never as a time alone. This page is written by
+`make bench`; no figure on it is typed by hand.
+
+"""
+
+
+def main() -> None:
+    """Measure, print, write."""
+    sections = [described(), record_cost.main()]
+    PAGE.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
+    print(f"\nwritten: {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Every Python block of the pages runs, from top to bottom, in an empty folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "docs/tutorial.md",
+        pytest.param("docs/index.md", marks=pytest.mark.slow),
+        pytest.param("README.md", marks=pytest.mark.slow),
+    ],
+)
+def test_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch, minilm) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_pages_name_only_files_that_exist() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} points to {target}"
