@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import patchclamp as pc
-from patchclamp.data import as_data
 from patchclamp.model.tokenize import require_tokenizer
 from patchclamp.recording.corpus import tokenize
 
@@ -35,16 +34,14 @@ def main() -> str:
         return [pc.Moments(), pc.FiringRate(0.0), pc.MinMax(), pc.TopExamples(20)]
 
     def plain() -> None:
-        corpus = tokenize(model, as_data(texts), None)
+        corpus = tokenize(model, pc.Texts(texts), None)
         with torch.no_grad():
             for examples in corpus.batches(BATCH_TOKENS):
                 forward = corpus.forward(examples)
                 model.module(**forward.keywords)
 
     def recorded() -> pc.Recording:
-        return pc.record(
-            model, texts, "mlp.*", summaries(), batch_tokens=BATCH_TOKENS, progress=False
-        )
+        return pc.record(model, texts, "mlp.*", summaries(), batch_tokens=BATCH_TOKENS, progress=False)
 
     plain(), recorded()  # warm up
     walls, cpus, alone = [], [], []

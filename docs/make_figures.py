@@ -63,7 +63,16 @@ def _screenshots(folder: Path, name: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "patchclamp.cli", "explore", str(folder), "--port", str(port), "--no-open"]
+    command = [
+        sys.executable,
+        "-m",
+        "patchclamp.cli",
+        "explore",
+        str(folder),
+        "--port",
+        str(port),
+        "--no-open",
+    ]
     server = subprocess.Popen(command)
     try:
         _wait_for(f"http://127.0.0.1:{port}/api/atlas")

@@ -58,7 +58,11 @@ def _table(atlas: pc.Atlas, found: pc.Neurons) -> Table:
     for row in found.to_polars().iter_rows(named=True):
         name = f"{row['site']}:{row['index']}"
         table.add_row(
-            name, row["family"], f"{row['purity']:.0%}", f"{row['coverage']:.0%}", _example(atlas.neuron(name))
+            name,
+            row["family"],
+            f"{row['purity']:.0%}",
+            f"{row['coverage']:.0%}",
+            _example(atlas.neuron(name)),
         )
     return table
 

@@ -18,12 +18,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchclamp.data import corpora as corpora
     from patchclamp import find as find
     from patchclamp.atlas import Atlas as Atlas
     from patchclamp.atlas import NeuronCard as NeuronCard
     from patchclamp.data import Tensors as Tensors
     from patchclamp.data import Texts as Texts
+    from patchclamp.data import corpora as corpora
     from patchclamp.intervene import ablate as ablate
     from patchclamp.intervene import clamp as clamp
     from patchclamp.intervene import scale as scale

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeGuard
 
 import polars as pl
 
@@ -29,7 +29,7 @@ class Neuron(NamedTuple):
     """One neuron: the name of its site and its index there. `str()` writes `mlp.3:417`."""
 
     site: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __str__(self) -> str:
         return f"{self.site}:{self.index}"
@@ -255,7 +255,7 @@ def _frame_of(source: Mapping[str, Iterable[int]] | Iterable[str | tuple[str, in
     indices: list[int] = []
     if isinstance(source, Mapping):
         for site, each in source.items():
-            listed = [each] if _is_whole(each) else list(each)  # type: ignore[list-item,arg-type]
+            listed: list[Any] = [each] if _is_whole(each) else list(each)
             for index in listed:
                 if not _is_whole(index):
                     raise DataError(f"{index!r} is not the index of a neuron at {site}: indices are whole numbers")
@@ -271,7 +271,7 @@ def _frame_of(source: Mapping[str, Iterable[int]] | Iterable[str | tuple[str, in
     return pl.DataFrame({"site": sites, "index": indices}, schema={"site": pl.String, "index": pl.Int64})
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[SupportsIndex]:
     return not isinstance(value, bool) and hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 

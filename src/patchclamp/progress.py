@@ -49,9 +49,8 @@ def progress(title: str, total: int, unit: str = "tokens", show: bool = True) ->
 
 def _rich_bar(title: str, total: int, unit: str):
     from rich.console import Console
-    from rich.progress import BarColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
-    from rich.progress import ProgressColumn
     from rich.text import Text
 
     class Speed(ProgressColumn):

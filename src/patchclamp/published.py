@@ -100,18 +100,14 @@ _registry: dict[tuple[str, str | None], Published] = {}
 
 def _check(row: str, title: str, authors: str, year: int, url: str, part: str | None) -> None:
     if not re.fullmatch(r"S\d{3}", row):
-        raise PatchclampError(
-            f"{row!r} is not the row of a method: a row is an S and three digits, as 'S093'"
-        )
+        raise PatchclampError(f"{row!r} is not the row of a method: a row is an S and three digits, as 'S093'")
     for what, text in (("title", title), ("authors", authors), ("part", part)):
         if text is not None and not text.strip():
             raise PatchclampError(f"the {what} of {_said(row, part)} is empty")
     if not 1900 <= year <= 2100:
         raise PatchclampError(f"the year of {_said(row, part)} is {year}: a paper has a year of four digits")
     if not re.match(r"https?://\S+$", url):
-        raise PatchclampError(
-            f"the url of {_said(row, part)} is {url!r}: it must begin with http:// or https://"
-        )
+        raise PatchclampError(f"the url of {_said(row, part)} is {url!r}: it must begin with http:// or https://")
 
 
 def _said(row: str, part: str | None) -> str:

@@ -63,9 +63,7 @@ def batch_of(rows: int = 40, size: int = SIZE, device: str = "cpu") -> Batch:
 
 def same(one: Summary, other: Summary) -> bool:
     left, right = one.state(), other.state()
-    return left.keys() == right.keys() and all(
-        np.array_equal(left[n], right[n], equal_nan=True) for n in left
-    )
+    return left.keys() == right.keys() and all(np.array_equal(left[n], right[n], equal_nan=True) for n in left)
 
 
 @every
@@ -108,9 +106,7 @@ def test_merging_refuses_what_differs(template: Summary) -> None:
     with pytest.raises(DataError, match=r"5 neurons.* 6\b|parameters|categories"):
         started.merge(template.start(setting_of(5)))
     other = Moments() if template.name != "moments" else MinMax()
-    with pytest.raises(
-        DataError, match=f"cannot merge {type(other).__name__} into {type(template).__name__}"
-    ):
+    with pytest.raises(DataError, match=f"cannot merge {type(other).__name__} into {type(template).__name__}"):
         started.merge(other.start(setting_of()))
 
 
@@ -219,9 +215,7 @@ def test_a_batch_checks_its_shapes() -> None:
 def test_what_a_batch_computes_once(rows: int) -> None:
     batch = batch_of(rows)
     parts = [batch.values[start : start + 32] for start in range(0, rows, 32)]
-    assert torch.equal(
-        batch.group_maximum, torch.stack([each.amax(0) for each in parts]) if parts else batch.values
-    )
+    assert torch.equal(batch.group_maximum, torch.stack([each.amax(0) for each in parts]) if parts else batch.values)
     assert batch.group_maximum is batch.group_maximum
     assert torch.equal(torch.cat([batch.values[:0], *batch.blocks()]), batch.values)
     assert torch.equal(batch.rank.argsort(), torch.arange(rows))

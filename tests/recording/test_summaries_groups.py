@@ -67,9 +67,7 @@ def test_every_label_and_category() -> None:
             group = found.of(label, category)
             assert group.count == len(part)
             if len(part):
-                np.testing.assert_allclose(
-                    found.mean(label)[:, code], part.astype(np.float64).mean(0), atol=1e-12
-                )
+                np.testing.assert_allclose(found.mean(label)[:, code], part.astype(np.float64).mean(0), atol=1e-12)
                 np.testing.assert_array_equal(found.rate(label)[:, code, 1], (part > 1).mean(0))
                 np.testing.assert_array_equal(group.min_max.max, part.max(0))
                 assert (group.histogram.counts.sum(1) == len(part)).all()
@@ -178,7 +176,9 @@ def test_a_damaged_state_is_named() -> None:
         ({"2.moments.mean": state["0.moments.mean"]}, r"unknown arrays '2\.moments'"),
         ({"extra": np.zeros(2)}, "unknown array 'extra'"),
     ]:
-        damaged = {name: array for name, array in (state | change).items() if array is not None}
+        # Other numbers in all that fits, so that a restore that stops half way would show.
+        other = {name: array + 1 for name, array in state.items()}
+        damaged = {name: array for name, array in (other | change).items() if array is not None}
         with pytest.raises(DataError, match=message):
             found.restore(damaged)
         with pytest.raises(DataError, match=message):
@@ -271,6 +271,7 @@ def test_counts_grow_beyond_int32() -> None:
     found.restore(state)
     found.update(batch)
     assert found.fired.dtype == np.int64 and int(found.fired[0, 0]) == 2**31 - 1 + before
-    again = ByToken(threshold=-100.0).reopen(setting_of(), found.state())
-    again.merge(found)
-    assert int(again.fired[0, 0]) == 2 * (2**31 - 1 + before)
+    one, other = (ByToken(threshold=-100.0).reopen(setting_of(), state) for _ in range(2))
+    assert one.fired.dtype == np.int32
+    one.merge(other)
+    assert int(one.fired[0, 0]) == 2 * (2**31 - 1)

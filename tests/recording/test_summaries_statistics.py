@@ -102,9 +102,7 @@ def test_a_neuron_at_its_threshold_does_not_fire() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_number_is_compared_as_torch_compares_it(dtype: torch.dtype) -> None:
-    near = np.array(
-        [[np.float32(0.1)], [0.1], [np.nextafter(0.1, 1)], [np.nextafter(np.float32(0.1), np.float32(1))]]
-    )
+    near = np.array([[np.float32(0.1)], [0.1], [np.nextafter(0.1, 1)], [np.nextafter(np.float32(0.1), np.float32(1))]])
     batch = batch_of(near, dtype)
     rate = FiringRate(0.1).start(setting_of(1))
     rate.update(batch)
@@ -228,9 +226,7 @@ def test_quantiles_outside_the_range_and_of_nothing() -> None:
 
 def test_probability_above() -> None:
     random = np.random.default_rng(4)
-    values = np.stack([random.normal(size=8000), np.maximum(random.normal(size=8000), 0)], axis=1).astype(
-        np.float32
-    )
+    values = np.stack([random.normal(size=8000), np.maximum(random.normal(size=8000), 0)], axis=1).astype(np.float32)
     histogram = histogram_of(values)
     for x in (-3.0, -1.0, -0.3, 0.0, 0.5, 0.51, 1.0, 1.9, 3.0):
         truth = (values > x).mean(0)

@@ -32,7 +32,7 @@ def relu(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     """Zeros nearly everywhere, a third of the neurons dead, some with few firings."""
     values = np.maximum(random.normal(size=shape) - np.linspace(0, 4, shape[1]), 0).astype(np.float32)
     values[:, ::3] = 0
-    return values * np.where(random.random(shape) < 0.5, 1, -1).astype(np.float32) * (values == 0) + values
+    return np.where((values == 0) & (random.random(shape) < 0.5), np.float32(-0.0), values)
 
 
 def few(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -97,9 +97,7 @@ def test_ties_go_to_the_smaller_example_then_the_smaller_position() -> None:
 
 def test_fewer_rows_than_places() -> None:
     found = TopExamples(4).start(Setting("mlp.0", 2))
-    found.update(
-        batch_of(np.array([[-1.0, 2.0], [-3.0, 1.0]], np.float32), np.array([5, 5]), np.array([1, 2]))
-    )
+    found.update(batch_of(np.array([[-1.0, 2.0], [-3.0, 1.0]], np.float32), np.array([5, 5]), np.array([1, 2])))
     np.testing.assert_array_equal(found.values, [[-1, -3, np.nan, np.nan], [2, 1, np.nan, np.nan]])
     assert found.example.tolist() == [[5, 5, -1, -1]] * 2
     assert found.position.tolist() == [[1, 2, -1, -1]] * 2
@@ -138,6 +136,13 @@ def test_windows_stay_in_the_example_and_skip_what_does_not_count() -> None:
     np.testing.assert_array_equal(few.window[1], [[nan, 2, nan], [nan] * 3, [nan] * 3])
     with pytest.raises(DataError, match="context="):
         _ = TopExamples(4).start(Setting("mlp.0", 1)).window
+
+
+def test_a_window_never_reaches_into_the_example_before() -> None:
+    last = (1 << 31) - 1
+    found = TopExamples(1, context=1).start(Setting("mlp.0", 1))
+    found.update(batch_of(np.array([[1.0], [2.0]], np.float32), np.array([4, 5]), np.array([last, 0])))
+    np.testing.assert_array_equal(found.window[0, 0], [np.nan, 2, np.nan])
 
 
 @pytest.mark.parametrize(("k", "context"), [(0, 0), (2.5, 0), (True, 0), (3, -1), ("3", 0)])

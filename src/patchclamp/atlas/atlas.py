@@ -95,9 +95,7 @@ class Atlas:
     def striking(self) -> Neurons:
         """The neurons that fire strongly on one word family, nearly always and nearly only; best first."""
         chosen = self._collect(self.table("neurons").filter("striking"), "neurons")
-        return Neurons.from_polars(
-            chosen.sort("score", descending=True, nulls_last=True, maintain_order=True)
-        )
+        return Neurons.from_polars(chosen.sort("score", descending=True, nulls_last=True, maintain_order=True))
 
     def neuron(self, name: str | Neuron) -> NeuronCard:
         """The card of one neuron, written `mlp.3:417`.
@@ -137,9 +135,7 @@ class Atlas:
         Raises:
             DataError: there is nothing to search for, or `limit` is below 1.
         """
-        found = searching.search(
-            {name: self.table(name) for name in ("neurons", "tokens", "examples")}, word, limit
-        )
+        found = searching.search({name: self.table(name) for name in ("neurons", "tokens", "examples")}, word, limit)
         return Neurons.from_polars(self._collect(found, "neurons"))
 
     def sql(self, query: str) -> pl.DataFrame:
@@ -200,9 +196,7 @@ class Atlas:
         of_site = self.table("neurons").filter(pl.col("site") == neuron.site).select("index")
         indices = self._collect(of_site, "neurons")["index"]
         if indices.is_empty():
-            return unknown(
-                "site of this atlas", neuron.site, (site["name"] for site in self.manifest["sites"])
-            )
+            return unknown("site of this atlas", neuron.site, (site["name"] for site in self.manifest["sites"]))
         first, last = indices.min(), indices.max()
         nearest = min(indices.to_list(), key=lambda index: abs(index - neuron.index))
         return UnknownName(

@@ -61,9 +61,7 @@ def neighbors(
                 for name, whole in read.batches.items():
                     batch, _ = finite_rows(whole)
                     # Rows that are left out at one site would no longer stand beside those of the other.
-                    values[name] = (
-                        whole.values if len(batch) == len(whole) else torch.nan_to_num(whole.values)
-                    )
+                    values[name] = whole.values if len(batch) == len(whole) else torch.nan_to_num(whole.values)
                 for product in products:
                     product.update(values[product.left.name], values[product.right.name])
                 bar.advance(read.tokens)
@@ -117,9 +115,7 @@ class _Product:
         rank = torch.arange(best.indices.shape[1], device=strength.device).expand_as(best.indices)
         found = best.values >= 0
         columns = (index, rank, best.indices, correlation.gather(1, best.indices))
-        return _frame(
-            tuple(each[found].cpu().numpy() for each in columns), self.left.name, self.right.name, relation
-        )
+        return _frame(tuple(each[found].cpu().numpy() for each in columns), self.left.name, self.right.name, relation)
 
 
 def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:

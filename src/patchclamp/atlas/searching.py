@@ -40,9 +40,7 @@ def search(tables: Mapping[str, pl.LazyFrame], word: str, limit: int) -> pl.Lazy
     )
     order = {"by": ["match_kind", "match_strength", *_KEY], "descending": [False, True, False, False]}
     best = matches.sort(**order).unique(subset=_KEY, keep="first", maintain_order=True).head(limit)
-    return best.join(tables["neurons"], on=_KEY, how="left", maintain_order="left").drop(
-        "match_kind", "match_strength"
-    )
+    return best.join(tables["neurons"], on=_KEY, how="left", maintain_order="left").drop("match_kind", "match_strength")
 
 
 def _families(neurons: pl.LazyFrame, wanted: str) -> pl.LazyFrame:

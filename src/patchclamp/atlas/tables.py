@@ -245,9 +245,9 @@ def _tokens_of(recording: Recording, name: str) -> pl.DataFrame:
     of_firings = fired / np.maximum(firings, 1)
     of_token = fired / np.maximum(occurrences, 1)[:, None]
     best = np.argsort(-(of_firings * of_token), axis=0, kind="stable")[:_TOKENS_KEPT]  # [kept, size]
-    rank, index = np.indices(best.shape)
+    places = np.indices(best.shape)
     held = np.take_along_axis(fired, best, axis=0) > 0
-    slot, rank, index = best.T[held.T], rank.T[held.T], index.T[held.T]
+    slot, rank, index = best.T[held.T], places[0].T[held.T], places[1].T[held.T]
     strings = recording.text(by_token.tokens)
     return pl.DataFrame(
         {

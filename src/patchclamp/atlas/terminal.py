@@ -50,16 +50,10 @@ def draw_summary(atlas: Atlas, striking: int = 5) -> RenderableType:
         ),
     ]
     if not len(found):
-        lines.append(
-            Text("No neuron is striking: none fires on one word family nearly always and nearly only.")
-        )
+        lines.append(Text("No neuron is striking: none fires on one word family nearly always and nearly only."))
         return Group(*lines)
     lines.append(
-        Text(
-            f"{len(found)} striking, the first {min(striking, len(found))}:"
-            if len(found) > 1
-            else "1 striking:"
-        )
+        Text(f"{len(found)} striking, the first {min(striking, len(found))}:" if len(found) > 1 else "1 striking:")
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=_QUIET)
     for title, justify in (
@@ -95,8 +89,7 @@ def _head(card: NeuronCard) -> Iterator[RenderableType]:
     facts = card.facts
     yield _title(visible(card.name), "striking" if facts.get("striking") else "")
     parts = [
-        f"{visible(str(facts['kind']))}"
-        + ("" if facts.get("layer") is None else f" of layer {facts['layer']}"),
+        f"{visible(str(facts['kind']))}" + ("" if facts.get("layer") is None else f" of layer {facts['layer']}"),
         f"fires on {share(facts['firing_rate']) or 'none'} of {number(facts['count'])} tokens",
         f"mean {number(facts['mean'])}",
         f"deviation {number(facts['std'])}",
@@ -112,9 +105,7 @@ def _examples(card: NeuronCard, width: int, marked: bool) -> Iterator[Renderable
     if card.examples.is_empty():
         yield Text("  none", style=_QUIET)
     for row in card.examples.head(_EXAMPLES).iter_rows(named=True):
-        line = Text(
-            f"  {number(row['value']):>8}  ", style="bold", no_wrap=True, overflow="ellipsis", end="\n"
-        )
+        line = Text(f"  {number(row['value']):>8}  ", style="bold", no_wrap=True, overflow="ellipsis", end="\n")
         tokens, values = row["tokens"] or [], row["values"] or []
         if tokens:
             line.append_text(_shaded(tokens, values, row["position"] - row["start"], width - 13, marked))
@@ -159,11 +150,7 @@ def _window(lengths: Sequence[int], peak: int, room: int) -> tuple[int, int]:
         before = lengths[first - 1] if first else None
         after = lengths[last + 1] if last + 1 < len(lengths) else None
         # Two parts of what comes before for one of what comes after: what led to the peak explains more.
-        if (
-            before is not None
-            and used + before <= room
-            and (after is None or peak - first <= 2 * (last - peak))
-        ):
+        if before is not None and used + before <= room and (after is None or peak - first <= 2 * (last - peak)):
             first, used = first - 1, used + before
         elif after is not None and used + after <= room:
             last, used = last + 1, used + after
@@ -180,9 +167,7 @@ def _shade(value: float, strongest: float) -> Style:
     low, high = (58, 44, 20), (255, 176, 32)
     red, green, blue = (round(a + (b - a) * min(strength, 1.0)) for a, b in zip(low, high, strict=True))
     dark = strength > 0.55
-    return Style(
-        bold=False, bgcolor=f"rgb({red},{green},{blue})", color="rgb(20,14,0)" if dark else "rgb(255,246,230)"
-    )
+    return Style(bold=False, bgcolor=f"rgb({red},{green},{blue})", color="rgb(20,14,0)" if dark else "rgb(255,246,230)")
 
 
 def _triggers(card: NeuronCard) -> Iterator[RenderableType]:
@@ -201,9 +186,7 @@ def _triggers(card: NeuronCard) -> Iterator[RenderableType]:
     for row in card.tokens.head(_TOKENS).iter_rows(named=True):
         of_token = f"{share(row['share_of_token'])} ({number(row['fired'])} of {number(row['occurrences'])})"
         bar = Text(_bar(row["share_of_firings"], 12), style="yellow")
-        table.add_row(
-            Text(visible_token(row["token"]), style="bold"), share(row["share_of_firings"]), bar, of_token
-        )
+        table.add_row(Text(visible_token(row["token"]), style="bold"), share(row["share_of_firings"]), bar, of_token)
     yield Padding(table, (0, 0, 0, 2))
 
 
@@ -268,9 +251,7 @@ def _neighbors(card: NeuronCard) -> Iterator[RenderableType]:
         yield Text("  none", style=_QUIET)
     words = {"layer": "same layer", "next": "next layer"}
     for (relation,), rows in card.neighbors.group_by("relation", maintain_order=True):
-        line = Text(
-            f"  {words.get(str(relation), visible(str(relation)))}", no_wrap=True, overflow="ellipsis"
-        )
+        line = Text(f"  {words.get(str(relation), visible(str(relation)))}", no_wrap=True, overflow="ellipsis")
         line.stylize(_QUIET)
         for row in rows.head(_NEIGHBORS).iter_rows(named=True):
             line.append(f"  {visible(row['other_site'])}:{row['other_index']}", "bold")

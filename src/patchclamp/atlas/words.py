@@ -30,9 +30,7 @@ COLUMNS: dict[str, Column] = {
     "coverage": Column("Coverage", "share", "Share of the family's occurrences on which it fires strongly."),
     "striking": Column("Striking", "flag", "Purity and coverage are both high, on enough occurrences."),
     "top_token": Column("Top token", "text", "The token that has most of its strong firings."),
-    "top_token_purity": Column(
-        "Top token purity", "share", "Share of its strong firings that are on the top token."
-    ),
+    "top_token_purity": Column("Top token purity", "share", "Share of its strong firings that are on the top token."),
     "top_token_coverage": Column(
         "Top token coverage", "share", "Share of the top token's occurrences on which it fires strongly."
     ),
@@ -40,9 +38,7 @@ COLUMNS: dict[str, Column] = {
     "strong_rate": Column(
         "Strong rate", "share", "Share of the tokens on which its activation is above the threshold."
     ),
-    "threshold": Column(
-        "Threshold", "number", "What counts as strong: half of its maximum in a calibration sample."
-    ),
+    "threshold": Column("Threshold", "number", "What counts as strong: half of its maximum in a calibration sample."),
     "label": Column("Label", "text", "The label of the data that divides its activations most."),
     "label_value": Column("Prefers", "text", "The category of that label on which it is most active."),
     "label_contrast": Column("Label contrast", "number", "How much it prefers that category to the others."),
@@ -67,9 +63,7 @@ COLUMNS: dict[str, Column] = {
 
 def column(name: str, is_text: bool = False) -> Column:
     """The words for a column; one that later versions or users add speaks for itself."""
-    return COLUMNS.get(name) or Column(
-        name.replace("_", " ").capitalize(), "text" if is_text else "number", ""
-    )
+    return COLUMNS.get(name) or Column(name.replace("_", " ").capitalize(), "text" if is_text else "number", "")
 
 
 def number(value: float | int | None) -> str:

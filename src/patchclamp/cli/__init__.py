@@ -67,9 +67,7 @@ def _root(
 
 @app.command()
 def atlas(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An alias, a folder, or a hub id.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An alias, a folder, or a hub id.", show_default=False)],
     data: Annotated[
         str,
         typer.Option(
@@ -79,15 +77,9 @@ def atlas(
             help="A .txt, .jsonl or .parquet file of texts, or python_docs.",
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", show_default=False, help="The folder to write.")
-    ],
-    sites: Annotated[
-        str, typer.Option("--sites", help="The sites to record: a name or a pattern.")
-    ] = "mlp.*",
-    column: Annotated[
-        str, typer.Option("--column", help="The column of texts in a .jsonl or .parquet file.")
-    ] = "text",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", show_default=False, help="The folder to write.")],
+    sites: Annotated[str, typer.Option("--sites", help="The sites to record: a name or a pattern.")] = "mlp.*",
+    column: Annotated[str, typer.Option("--column", help="The column of texts in a .jsonl or .parquet file.")] = "text",
     label: Annotated[
         list[str] | None,
         typer.Option("--label", show_default=False, help="A column of labels; may be repeated."),
@@ -115,9 +107,7 @@ def atlas(
 @app.command()
 def neuron(
     folder: _Folder,
-    name: Annotated[
-        str, typer.Argument(metavar="NEURON", help="A neuron, as in mlp.1:500.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="NEURON", help="A neuron, as in mlp.1:500.", show_default=False)],
 ) -> None:
     """Show the card of one neuron."""
     from rich.console import Console
@@ -131,9 +121,7 @@ def neuron(
 def explore(
     folder: _Folder,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes any that is free.")
-    ] = 8765,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes any that is free.")] = 8765,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open the browser.")] = False,
 ) -> None:
     """Open the page of an atlas in the browser."""

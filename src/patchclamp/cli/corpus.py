@@ -27,9 +27,7 @@ def corpus(source: str, column: str, labels: tuple[str, ...], limit: int | None)
             raise DataError(f"{source} brings its own labels: --label names a column of a file")
         return getattr(pc.corpora, source)(limit=limit)
     if not Path(source).exists():
-        raise DataError(
-            f"there is no file {source!r}, and no corpus is called so. The corpora: {', '.join(_CORPORA)}."
-        )
+        raise DataError(f"there is no file {source!r}, and no corpus is called so. The corpora: {', '.join(_CORPORA)}.")
     texts = pc.Texts(Path(source), labels=list(labels) or None, column=column)
     return texts if limit is None else _first(texts, limit)
 

@@ -201,8 +201,4 @@ def _rows(frame: pl.DataFrame, shape: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def _scalars(facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: plain(value)
-        for key, value in facts.items()
-        if isinstance(value, (str, int, float)) or value is None
-    }
+    return {key: plain(value) for key, value in facts.items() if isinstance(value, (str, int, float)) or value is None}

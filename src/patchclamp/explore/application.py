@@ -67,12 +67,8 @@ def _add_api(app: FastAPI, atlas: Atlas, table: NeuronTable) -> None:
             str, Query(max_length=200, description="words that name, family, token or label must hold")
         ] = "",
         site: Annotated[list[str] | None, Query(description="only neurons of these sites")] = None,
-        striking: Annotated[
-            bool | None, Query(description="only neurons that are striking, or are not")
-        ] = None,
-        minimum: Annotated[
-            list[str] | None, Query(description="column:value, as in firing_rate:0.01")
-        ] = None,
+        striking: Annotated[bool | None, Query(description="only neurons that are striking, or are not")] = None,
+        minimum: Annotated[list[str] | None, Query(description="column:value, as in firing_rate:0.01")] = None,
         maximum: Annotated[list[str] | None, Query(description="column:value, as in firing_rate:0.2")] = None,
         offset: Annotated[int, Query(ge=0, le=_LARGEST)] = 0,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
@@ -94,9 +90,7 @@ def _add_api(app: FastAPI, atlas: Atlas, table: NeuronTable) -> None:
         except (UnknownName, DataError) as error:
             raise HTTPException(400, str(error)) from error
 
-    @app.get(
-        "/api/neurons/{name:path}", tags=["neurons"], response_model=answers.Neuron, responses=_refusals(404)
-    )
+    @app.get("/api/neurons/{name:path}", tags=["neurons"], response_model=answers.Neuron, responses=_refusals(404))
     def neuron(name: str) -> Response:
         """Everything the atlas knows of one neuron, written `mlp.3:417`."""
         try:
@@ -109,9 +103,7 @@ def _add_api(app: FastAPI, atlas: Atlas, table: NeuronTable) -> None:
 def _add_pages(app: FastAPI, table: NeuronTable) -> None:
     # Read once and served from memory by exact name: no path of a request ever reaches the disk.
     stored = {
-        file.name: file.read_bytes()
-        for file in (files("patchclamp.explore") / "static").iterdir()
-        if file.is_file()
+        file.name: file.read_bytes() for file in (files("patchclamp.explore") / "static").iterdir() if file.is_file()
     }
 
     def send(request: Request, name: str, status: int = 200) -> Response:
@@ -120,9 +112,7 @@ def _add_pages(app: FastAPI, table: NeuronTable) -> None:
         if status == 200 and request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         kind = (
-            "text/javascript"
-            if name.endswith(".js")
-            else mimetypes.guess_type(name)[0] or "application/octet-stream"
+            "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0] or "application/octet-stream"
         )
         return Response(stored[name], status, headers, media_type=kind)
 
@@ -152,7 +142,5 @@ def _refusals(status: int) -> dict[int | str, dict[str, Any]]:
 
 async def _say_failure(request: Request, error: Exception) -> Response:
     # Our own errors are sentences for the user (a damaged file, named); others stay in the server's log.
-    detail = (
-        str(error) if isinstance(error, PatchclampError) else "the explorer failed; its terminal says why"
-    )
+    detail = str(error) if isinstance(error, PatchclampError) else "the explorer failed; its terminal says why"
     return JSONResponse({"detail": detail}, 500, headers=HEADERS)

@@ -55,9 +55,7 @@ class Guard:
         if len(hosts) != 1 or not self.knows(hosts[0]):
             answer = JSONResponse({"detail": "this server does not answer for that host"}, 400)
         elif scope["method"] != "GET":
-            answer = JSONResponse(
-                {"detail": "the explorer only reads: use GET"}, 405, headers={"Allow": "GET"}
-            )
+            answer = JSONResponse({"detail": "the explorer only reads: use GET"}, 405, headers={"Allow": "GET"})
         else:
             return await self.app(scope, receive, send_with_headers)
         await answer(scope, receive, send_with_headers)

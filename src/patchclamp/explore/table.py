@@ -60,9 +60,7 @@ class NeuronTable:
             DataError: a minimum or maximum is not `column:number`.
         """
         key = self._sort_key(selection.sort)
-        chosen = (
-            self._keys.lazy().filter(*self._conditions(selection)).select(_PLACE, key.alias("key")).collect()
-        )
+        chosen = self._keys.lazy().filter(*self._conditions(selection)).select(_PLACE, key.alias("key")).collect()
         order = chosen.sort("key", descending=selection.descending, nulls_last=True, maintain_order=True)
         places = order[_PLACE].slice(selection.offset, selection.limit)
         return {
@@ -71,9 +69,7 @@ class NeuronTable:
             "limit": selection.limit,
             "sort": selection.sort,
             "descending": selection.descending,
-            "neurons": [
-                plain(row) for row in self._frame.select(list(self.columns))[places].iter_rows(named=True)
-            ],
+            "neurons": [plain(row) for row in self._frame.select(list(self.columns))[places].iter_rows(named=True)],
         }
 
     def has(self, name: str) -> bool:
@@ -82,17 +78,13 @@ class NeuronTable:
             neuron = Neuron.parse(name)
         except PatchclampError:
             return False
-        return not self._frame.filter(
-            (pl.col("site") == neuron.site) & (pl.col("index") == neuron.index)
-        ).is_empty()
+        return not self._frame.filter((pl.col("site") == neuron.site) & (pl.col("index") == neuron.index)).is_empty()
 
     def beside(self, site: str, index: int) -> tuple[str | None, str | None]:
         """The names of the neurons before and after one, at its own site."""
         indices = self._frame.filter(pl.col("site") == site)["index"]
         before, after = indices.filter(indices < index).max(), indices.filter(indices > index).min()
-        return (None if before is None else f"{site}:{before}"), (
-            None if after is None else f"{site}:{after}"
-        )
+        return (None if before is None else f"{site}:{before}"), (None if after is None else f"{site}:{after}")
 
     def _sort_key(self, name: str) -> pl.Expr:
         self._check_column(name)
@@ -132,9 +124,7 @@ class NeuronTable:
         except ValueError:
             value = math.nan
         if not name or math.isnan(value):
-            raise DataError(
-                f"{bound!r} is no bound: write a column, a colon and a number, as in firing_rate:0.01"
-            )
+            raise DataError(f"{bound!r} is no bound: write a column, a colon and a number, as in firing_rate:0.01")
         self._check_column(name)
         if not self._frame.schema[name].is_numeric():
             raise DataError(f"the column {name!r} does not hold numbers")

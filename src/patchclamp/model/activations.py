@@ -21,7 +21,7 @@ class Activations(torch.Tensor):
     site: str
 
     # Results of arithmetic have other rows: they must not carry the labels along.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def of(tensor: torch.Tensor, site: str, tokens: list[str] | None) -> Activations:

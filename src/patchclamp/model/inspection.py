@@ -186,9 +186,10 @@ _GATE = re.compile(r"gate|^wi_0$|^w1$", re.IGNORECASE)
 def _attention_modules(block: nn.Module) -> list[str]:
     found: list[str] = []
     for path, module in block.named_modules():
-        if path and re.search(r"attention|attn", type(module).__name__, re.IGNORECASE):
-            if not any(path.startswith(outer + ".") for outer in found) and not is_norm(module):
-                found.append(path)
+        inside = any(path.startswith(outer + ".") for outer in found)
+        named = re.search(r"attention|attn", type(module).__name__, re.IGNORECASE)
+        if path and named and not inside and not is_norm(module):
+            found.append(path)
     return found
 
 

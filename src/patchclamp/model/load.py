@@ -152,7 +152,14 @@ def _found_tokenizer(where: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(where)
-    names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tokenizer_config.json", "spiece.model")
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.txt",
+        "vocab.json",
+        "tokenizer_config.json",
+        "spiece.model",
+    )
     if folder.is_dir() and not any((folder / each).is_file() for each in names):
         return None
     try:

@@ -159,10 +159,11 @@ class Model:
         Tensors and keywords are passed through. A text or a list of texts is tokenized first, and padded
         on the tokenizer's side; keywords may be added.
         """
-        if args and (isinstance(args[0], str) or _is_texts(args[0])):
+        first = args[0] if args else None
+        if isinstance(first, str) or _is_texts(first):
             if len(args) > 1:
                 raise DataError("give texts as one list: model([first, second])")
-            return self.module(**self.inputs(args[0]), **kwargs)
+            return self.module(**self.inputs(first), **kwargs)
         return self.module(*args, **kwargs)
 
     def inputs(self, texts: str | Sequence[str]) -> dict[str, torch.Tensor]:
@@ -401,7 +402,9 @@ class Model:
             if fnmatch.fnmatchcase(name, pattern) or name == pattern.removesuffix(".*") or name == pattern:
                 return f"{pattern} is not listed: {why}."
         if not self.sites:
-            return " ".join(self._inspected.unlisted.values()) + ". Name a module by hand: module:" + self._some_module()
+            return (
+                " ".join(self._inspected.unlisted.values()) + ". Name a module by hand: module:" + self._some_module()
+            )
         return ""
 
     def _some_module(self) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def accepts(module: nn.Module, name: str) -> bool:
-    """Whether `module.forward` has a parameter of that name. `**kwargs` does not count: what it does there is unknown."""
+    """Whether `module.forward` has a parameter of that name; `**kwargs` is not known to do anything with it."""
     return name in parameters(module)
 
 

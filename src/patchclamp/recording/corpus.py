@@ -200,7 +200,11 @@ Corpus = TextCorpus | TensorCorpus
 
 
 def tokenize(
-    model: Model, data: Texts, max_length: int | None, special_tokens: bool = False, bar: Progress | None = None
+    model: Model,
+    data: Texts,
+    max_length: int | None,
+    special_tokens: bool = False,
+    bar: Progress | None = None,
 ) -> TextCorpus:
     """Read all texts once.
 
@@ -226,7 +230,12 @@ def tokenize(
             corpus.truncated += encoded.truncated
         _encode_targets(corpus, chunk, reader, max_length, first)
         for each in chunk:
-            _feed(digest, each.text, each.target, *(part for pair in sorted(each.labels.items()) for part in pair))
+            _feed(
+                digest,
+                each.text,
+                each.target,
+                *(part for pair in sorted(each.labels.items()) for part in pair),
+            )
             codes.add(each.labels)
         if bar is not None:
             bar.advance(len(chunk))
@@ -319,7 +328,7 @@ def _feed(digest: Any, *parts: str | None) -> None:
 def _hash_of_tensors(data: Tensors, codes: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(f"{tuple(data.values.shape)} {data.values.dtype}".encode())
     flat = data.values.detach().cpu().contiguous().reshape(-1)
-    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(flat.view(torch.uint8).numpy().data)
     for name in sorted(codes):
         _feed(digest, name, *data.labels[name])
         digest.update(codes[name].tobytes())

@@ -302,9 +302,7 @@ class Run:
 # Before the pass ------------------------------------------------------------------------------------
 
 
-def _templates(
-    summaries: Sequence[Summary | type[Summary]] | None, labels: bool, tokens: bool
-) -> dict[str, Summary]:
+def _templates(summaries: Sequence[Summary | type[Summary]] | None, labels: bool, tokens: bool) -> dict[str, Summary]:
     given = default_summaries(labels, tokens) if summaries is None else list(summaries)
     templates: dict[str, Summary] = {}
     for each in given:
@@ -423,9 +421,7 @@ def _found(store: str | os.PathLike[str] | None, facts: Mapping[str, Any]) -> Re
     return Recording.open(store)
 
 
-def _check_memory(
-    expected: int | None, memory: int | None, corpus: Corpus, sites: Sequence[Site], show: bool
-) -> None:
+def _check_memory(expected: int | None, memory: int | None, corpus: Corpus, sites: Sequence[Site], show: bool) -> None:
     neurons = sum(site.size or 0 for site in sites)
     if show:
         size = "an unknown amount of memory" if expected is None else f"{expected / 1e6:,.0f} MB"

@@ -144,7 +144,16 @@ class Recording:
             if each.activations is None:
                 raise DataError("pairing activations with tokens anew needs them: record(..., activations=True)")
             permuted[name] = _permuted(each, self.labels, seed)
-        return Recording(permuted, self.facts, self.labels, self.vocabulary, self.windows, self.labels_of_examples, None, self._folder)
+        return Recording(
+            permuted,
+            self.facts,
+            self.labels,
+            self.vocabulary,
+            self.windows,
+            self.labels_of_examples,
+            None,
+            self._folder,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording into a folder: safetensors, Parquet, Zarr and a manifest with checksums.
@@ -304,7 +313,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
 def _simple_columns(name: str, each: SiteRecording) -> pl.DataFrame:
     size = each.site.size or 0
     columns: dict[str, Any] = {"site": [name] * size, "index": np.arange(size)}
-    summaries: Mapping[str, Any] = each.summaries
+    summaries: dict[str, Any] = dict(each.summaries)
     if "moments" in summaries:
         columns |= {"mean": summaries["moments"].mean, "std": summaries["moments"].std}
     if "min_max" in summaries:

@@ -104,7 +104,9 @@ def _rows_of(site: Site, tensor: torch.Tensor, forward: Forward) -> Rows | None:
     if rows is not None and leading == rows.shape[0] * rows.shape[1]:
         return rows
     if leading % number or (tensor.ndim == 3 and tensor.shape[0] != number):
-        raise ModelError(f"{site.name} gives a tensor {list(tensor.shape)} for {number} examples: which rows are whose?")
+        raise ModelError(
+            f"{site.name} gives a tensor {list(tensor.shape)} for {number} examples: which rows are whose?"
+        )
     if rows is not None and tensor.ndim == 3 and site.stack not in ("vision", "visual", "image"):
         raise ModelError(
             f"{site.name} gives {tensor.shape[1]} positions where the batch has {rows.shape[1]} tokens: "

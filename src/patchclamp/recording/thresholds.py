@@ -62,9 +62,7 @@ def as_threshold(threshold: Any) -> Threshold:
         return threshold
     if isinstance(threshold, Real) and not isinstance(threshold, bool) and math.isfinite(threshold):
         return float(threshold)
-    raise DataError(
-        f"a threshold is a finite number, FractionOfMaximum(0.5) or OwnQuantile(0.99), not {threshold!r}"
-    )
+    raise DataError(f"a threshold is a finite number, FractionOfMaximum(0.5) or OwnQuantile(0.99), not {threshold!r}")
 
 
 def is_relative(threshold: Threshold) -> bool:

@@ -36,9 +36,7 @@ class Windows:
         self._first = {int(example): place for place, example in reversed(list(enumerate(examples.tolist())))}
 
     @classmethod
-    def around(
-        cls, corpus: Corpus, places: Iterable[tuple[np.ndarray, np.ndarray]], decoder: bool = False
-    ) -> Windows:
+    def around(cls, corpus: Corpus, places: Iterable[tuple[np.ndarray, np.ndarray]], decoder: bool = False) -> Windows:
         """Cut the windows around (example, position) pairs out of a corpus; -1 marks an absent example.
 
         `decoder` takes what the decoder of an encoder-decoder model reads.

@@ -28,8 +28,8 @@ export function histogram(bins, facts) {
   );
   return element(
     "figure", {}, chart,
-    element("figcaption", { class: "quiet" }, "Both axes are logarithmic; each bar is one bin. ",
-      element("span", { class: "key strong" }), " strong, ", element("span", { class: "key" }), " not."),
+    element("figcaption", { class: "quiet" }, "Both axes are logarithmic. ",
+      element("span", { class: "legend" }, element("span", { class: "key strong" }), " strong ", element("span", { class: "key" }), " weaker")),
     element("details", {}, element("summary", {}, "The counts as numbers"), numbers(known)),
   );
 }

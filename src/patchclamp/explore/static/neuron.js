@@ -140,11 +140,11 @@ function byLabel(neuron) {
 }
 
 function nearest(neuron) {
-  if (!neuron.neighbors.length) return section("Nearest neurons", element("p", { class: "quiet" }, "None: its activation never changes."));
+  if (!neuron.neighbors.length) return section("Nearest neurons", element("p", { class: "quiet" }, "None."));
   const relations = [["layer", "In its own layer"], ["next", "In the next layer"]];
   return section(
     "Nearest neurons",
-    element("p", { class: "quiet" }, "Those whose activations run most like its own, with the correlation."),
+    element("p", { class: "quiet" }, "Those whose activations go most with its own, or most against it (below 0): correlations."),
     relations.map(([relation, words]) => {
       const rows = neuron.neighbors.filter((row) => row.relation === relation);
       return rows.length ? element("div", { class: "near", "data-relation": relation }, element("h3", {}, words),

@@ -18,9 +18,9 @@ export function recordingFacts(about) {
 }
 
 function strikingWords(striking) {
-  const what = "most of its strong firings are on one word family, and it fires strongly on most of that family’s occurrences.";
-  if (!striking) return "No neuron is striking: there is none of which " + what;
-  return `${number(striking)} of them ${striking === 1 ? "is" : "are"} striking (★). Of a striking neuron ` + what;
+  const what = "strong firings gather on a family of words (purity), and reach most of its occurrences (coverage).";
+  if (!striking) return `No neuron is striking: of none the ${what}`;
+  return `${number(striking)} of them ${striking === 1 ? "is" : "are"} striking (★): ${striking === 1 ? "its" : "their"} ${what}`;
 }
 
 function details(about) {

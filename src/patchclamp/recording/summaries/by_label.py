@@ -46,9 +46,7 @@ class ByLabel(Summary):
 
     name = "by_label"
 
-    def __init__(
-        self, label: str | None = None, of: Iterable[type[Summary] | Summary] = (Moments, FiringRate)
-    ) -> None:
+    def __init__(self, label: str | None = None, of: Iterable[type[Summary] | Summary] = (Moments, FiringRate)) -> None:
         self.label = label
         self._templates = _templates(of)
         self.needs_tokens = any(each.needs_tokens for each in self._templates.values())
@@ -199,9 +197,7 @@ class ByLabel(Summary):
                 for name, summary in mine.items():
                     summary.refuse_unlike(theirs[name])
 
-    def _restored(
-        self, label: str, arrays: Mapping[str, Mapping[str, np.ndarray]]
-    ) -> list[dict[str, Summary]]:
+    def _restored(self, label: str, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Summary]]:
         """Fresh groups of a label from arrays [categories, ...] by summary and name."""
         groups = self._groups[label]
         for name, each in arrays.items():

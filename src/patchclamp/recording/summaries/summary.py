@@ -221,9 +221,7 @@ class Summary(ABC):
             raise DataError(f"cannot merge {other.site}, {other.size} neurons, into {self.site}, {self.size}")
         for name in self.agree:
             if not np.array_equal(self.array(name), other.array(name)):
-                raise DataError(
-                    f"cannot merge {self.name} of {other.site} into {self.site}: the {name} differ"
-                )
+                raise DataError(f"cannot merge {self.name} of {other.site} into {self.site}: the {name} differ")
 
     def array(self, name: str) -> np.ndarray:
         """A copy of one accumulator as numpy."""
