@@ -7,6 +7,10 @@ RUN    := $(VENV)/bin/python
 # Always with the constraints: a plain `torch` would fetch gigabytes of another build.
 INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e
 
+# Threads that wait for work sleep instead of spinning: beside any other busy program, spinning costs torch
+# a multiple of its speed, and gains almost nothing on an idle machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench docs lint clean
 

@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
     name = shown.names[0]
     _screenshots(folder, name)
     _card(atlas, name)
-    _pages(atlas, found, shown)
+    _pages(atlas, found, shown, _null(atlas))
     print(f"written: docs/images, docs/findings.md and the finding of README.md ({name})")
 
 
@@ -57,6 +57,15 @@ def _is_one_word(family: str) -> bool:
     from patchclamp.find.striking import word_groups
 
     return len(word_groups([" " + word for word in family.split(", ")])) == 1
+
+
+def _null(atlas: pc.Atlas) -> int:
+    """How many neurons are striking when the activations of the same data are paired with tokens at random."""
+    data = pc.corpora.python_docs(limit=atlas.manifest["data"]["examples"])
+    kept = pc.record(pc.load("all-MiniLM-L6-v2"), data, summaries=[pc.ByToken()], activations=True)
+    if kept.facts["data"]["sha256"] != atlas.manifest["data"]["sha256"]:
+        raise SystemExit("the atlas is of another Python's documentation: run make demo again")
+    return len(pc.find.striking(kept.with_tokens_permuted(seed=0)))
 
 
 def _screenshots(folder: Path, name: str) -> None:
@@ -111,7 +120,7 @@ def _card(atlas: pc.Atlas, name: str) -> None:
     (IMAGES / "card.svg").write_text(re.sub(r"[ \t]+\n", "\n", svg), encoding="utf-8")
 
 
-def _pages(atlas: pc.Atlas, found: pc.Neurons, shown: pc.Neurons) -> None:
+def _pages(atlas: pc.Atlas, found: pc.Neurons, shown: pc.Neurons, null: int) -> None:
     data, versions = atlas.manifest["data"], atlas.manifest["versions"]
     row = shown.to_polars().row(0, named=True)
     neuron = f"{row['site']}:{row['index']}"
@@ -124,7 +133,7 @@ def _pages(atlas: pc.Atlas, found: pc.Neurons, shown: pc.Neurons) -> None:
         f"One finding: neuron `{neuron}` of all-MiniLM-L6-v2 fires strongly on the forms of one word, "
         f"**{row['family']}**. {row['purity']:.0%} of its strong firings fall on them, and {row['coverage']:.0%} of "
         f"these words make it fire; {striking:,} of the {len(atlas.neurons):,} neurons answer to a family of "
-        f"words in this way, and none when tokens are paired with activations at random.\n\n"
+        f"words in this way, and {null} when the same activations are paired with tokens at random.\n\n"
         f"![The page of {neuron}: what it fires on, example by example](docs/images/neuron.png)\n\n"
         f"<sub>{origin}</sub>"
     )

@@ -177,8 +177,7 @@ def _activations(texts: _Texts) -> dict[str, np.ndarray]:
     before = np.roll(embedding[texts.token], 1, axis=0) * (texts.position > 0)[:, None]
     state = embedding[texts.token] + 0.3 * before
     into, out, second = (
-        draw.normal(size=shape) / np.sqrt(_WIDTH)
-        for shape in ((_WIDTH, _SIZE), (_SIZE, _WIDTH), (_WIDTH, _SIZE))
+        draw.normal(size=shape) / np.sqrt(_WIDTH) for shape in ((_WIDTH, _SIZE), (_SIZE, _WIDTH), (_WIDTH, _SIZE))
     )
     bias = np.zeros((2, _SIZE))
     planted = {
@@ -216,7 +215,7 @@ def _neuron(
     strong = values > threshold
     fired = np.bincount(token[strong], minlength=len(texts.vocabulary))
     labels = _labels(texts, values, strong)
-    means = [row["mean"] for row in labels]
+    contrast = labels[0]["strong_rate"] - labels[1]["strong_rate"]
     family = _family(texts, fired)
     total, share_of = max(int(strong.sum()), 1), fired / np.maximum(texts.occurrences, 1)
     top = int(fired.argmax())
@@ -241,8 +240,8 @@ def _neuron(
         "family": ", ".join(texts.vocabulary[each].strip() for each in family) if strong.any() else "",
         "purity": purity, "coverage": coverage, "score": purity * coverage,
         "striking": purity * coverage > 0.5, "label": "kind",
-        "label_value": labels[int(np.argmax(means))]["value"],
-        "label_contrast": float(max(means) - min(means)),
+        "label_value": labels[int(contrast < 0)]["value"],
+        "label_contrast": abs(contrast),
     }  # fmt: skip
     return {
         "neurons": [facts],
@@ -261,9 +260,7 @@ def _neuron(
 
 def _family(texts: _Texts, fired: np.ndarray) -> list[int]:
     stem = texts.vocabulary[int(fired.argmax())].strip().lower().removesuffix("s")
-    return [
-        place for place, word in enumerate(texts.vocabulary) if word.strip().lower().removesuffix("s") == stem
-    ]
+    return [place for place, word in enumerate(texts.vocabulary) if word.strip().lower().removesuffix("s") == stem]
 
 
 def _labels(texts: _Texts, values: np.ndarray, strong: np.ndarray) -> list[dict]:
@@ -310,11 +307,11 @@ def _neighbors(activations: dict[str, np.ndarray], site: str, index: int) -> Ite
             continue
         matrix = activations[other].astype(np.float64)
         spread = matrix.std(axis=0)
-        centred = (matrix - matrix.mean(axis=0)).T @ (own - own.mean()) / len(own)
-        correlation = np.divide(centred, spread * own.std(), out=np.full(_SIZE, -2.0), where=spread > 0)
+        covariance = (matrix - matrix.mean(axis=0)).T @ (own - own.mean()) / len(own)
+        correlation = np.divide(covariance, spread * own.std(), out=np.zeros(_SIZE), where=spread > 0)
         if other == site:
-            correlation[index] = -2.0
-        for rank, near in enumerate(np.argsort(-correlation, kind="stable")[:5]):
+            correlation[index] = 0
+        for rank, near in enumerate(np.argsort(-np.abs(correlation), kind="stable")[:5]):
             yield {
                 "rank": rank,
                 "other_site": other,
@@ -345,9 +342,7 @@ _TYPES |= {
 }
 # Table -> its columns with their types; see `_TYPES`.
 _SCHEMAS: dict[str, dict[str, Any]] = {
-    table: {
-        name: _TYPES[code] for name, code in (each.split(":") for each in f"site:s index:i {columns}".split())
-    }
+    table: {name: _TYPES[code] for name, code in (each.split(":") for each in f"site:s index:i {columns}".split())}
     for table, columns in {
         "neurons": "neuron:s kind:s layer:i count:i firing_rate:f strong_rate:f threshold:f mean:f std:f "
         "min:f max:f q01:f q05:f q25:f q50:f q75:f q95:f q99:f top_token:s top_token_purity:f "

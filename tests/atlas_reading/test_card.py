@@ -36,9 +36,7 @@ def test_the_card_says_what_the_tables_hold(atlas: Atlas) -> None:
     assert f"{share(facts['purity'])} of its strong firings are on “return, returns”" in text
     assert f"fires strongly on {share(facts['coverage'])} of the occurrences" in text
     for row in card.tokens.head(8).iter_rows(named=True):
-        line = next(
-            line for line in text.splitlines() if line.startswith(f"  {visible_token(row['token'])} ")
-        )
+        line = next(line for line in text.splitlines() if line.startswith(f"  {visible_token(row['token'])} "))
         assert f"{share(row['share_of_token'])} ({row['fired']} of {row['occurrences']})" in line
         assert share(row["share_of_firings"]) in line
     for row in card.labels.iter_rows(named=True):
@@ -82,9 +80,7 @@ def test_with_colour_the_peak_is_shaded_not_marked(atlas: Atlas) -> None:
 
 def test_shading_follows_the_activation(atlas: Atlas) -> None:
     row = atlas.neuron("mlp.0:7").examples.row(0, named=True)
-    text = next(
-        line for line in _drawn(atlas.neuron("mlp.0:7"), "truecolor", 400).splitlines() if "48;2" in line
-    )
+    text = next(line for line in _drawn(atlas.neuron("mlp.0:7"), "truecolor", 400).splitlines() if "48;2" in line)
     greens = [int(green) for green in re.findall(r"48;2;\d+;(\d+);\d+m", text)]
     strengths = [value / max(v for v in row["values"] if v == v) for value in row["values"] if value == value]
     wanted = [round(44 + (176 - 44) * strength) for strength in strengths if strength >= 0.1]
@@ -93,9 +89,9 @@ def test_shading_follows_the_activation(atlas: Atlas) -> None:
 
 def test_no_color_is_obeyed(atlas: Atlas) -> None:
     stream = io.StringIO()
-    Console(
-        file=stream, width=100, force_terminal=True, no_color=True, color_system="truecolor", _environ={}
-    ).print(atlas.neuron("mlp.0:7"))
+    Console(file=stream, width=100, force_terminal=True, no_color=True, color_system="truecolor", _environ={}).print(
+        atlas.neuron("mlp.0:7")
+    )
     assert "«return»" in stream.getvalue() and "48;2" not in stream.getvalue()
 
 
@@ -117,10 +113,7 @@ def test_the_histogram_has_a_block_where_there_are_tokens(atlas: Atlas) -> None:
     lines = _drawn(card).splitlines()
     blocks = lines[lines.index("Activations, counts on a log scale") + 1][2:]
     merged = -(-card.histogram.height // 72)
-    counts = [
-        sum(card.histogram["count"][place : place + merged])
-        for place in range(0, card.histogram.height, merged)
-    ]
+    counts = [sum(card.histogram["count"][place : place + merged]) for place in range(0, card.histogram.height, merged)]
     blocks = blocks.ljust(len(counts))
     assert [block != " " for block in blocks] == [count > 0 for count in counts]
     assert blocks[counts.index(max(counts))] == "█"

@@ -24,12 +24,7 @@ def test_an_answer_equals_that_of_polars(atlas: Atlas) -> None:
         where n.striking group by all order by all
     """)
     joined = atlas.table("neurons").filter("striking").join(atlas.table("tokens"), on=["site", "index"])
-    wanted = (
-        joined.group_by("site")
-        .agg(n=pl.len().cast(pl.Int64), fired=pl.col("fired").sum())
-        .sort("site")
-        .collect()
-    )
+    wanted = joined.group_by("site").agg(n=pl.len().cast(pl.Int64), fired=pl.col("fired").sum()).sort("site").collect()
     assert found.equals(wanted)
 
 

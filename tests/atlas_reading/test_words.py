@@ -58,10 +58,7 @@ def test_plain_text_is_shown_as_it_is() -> None:
 
 def test_headlines() -> None:
     facts = {"count": 100, "max": 2.0, "firing_rate": 0.25, "family": "a, an", "purity": 0.9, "coverage": 0.8}
-    assert (
-        headline(facts)
-        == "90% of its strong firings are on “a, an”; it fires strongly on 80% of the occurrences."
-    )
+    assert headline(facts) == "90% of its strong firings are on “a, an”; it fires strongly on 80% of the occurrences."
     token = {
         "family": "",
         "purity": None,

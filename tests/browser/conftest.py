@@ -25,9 +25,9 @@ _FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(atlas_folder: Path) -> Iterator[str]:
-    """The address of `patchclamp explore` on the small atlas."""
+    """The address of `patchclamp explore` on the atlas of the module: the small one, or its own."""
     command = [
         sys.executable,
         "-m",

@@ -55,3 +55,11 @@ def on_page(text: str) -> str:
 
 def texts(page: Page, selector: str) -> list[str]:
     return page.eval_on_selector_all(selector, "found => found.map((each) => each.textContent)")
+
+
+def lone(token: str) -> str:
+    """A token in a list of tokens, as the page writes it."""
+    bare = token.strip(" ")
+    if bare.strip():
+        return on_page(bare)
+    return on_page(token).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"

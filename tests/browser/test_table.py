@@ -55,8 +55,10 @@ def test_every_cell_says_what_the_parquet_file_holds(page: Page, table: pl.DataF
 
 
 def test_every_header_sorts_one_way_and_the_other(page: Page, table: pl.DataFrame) -> None:
-    open_table(page, "?all=true")
-    for column in texts_of_columns(page):
+    open_table(page)
+    for column in page.eval_on_selector_all(
+        ".neurons thead button", "found => found.map((each) => each.dataset.column)"
+    ):
         for _ in range(2):
             page.click(f'button[data-column="{column}"]')
             settled(page)
@@ -69,12 +71,6 @@ def test_every_header_sorts_one_way_and_the_other(page: Page, table: pl.DataFram
     page.click('button[data-column="max"]')
     settled(page)
     assert page.locator('thead th:has([data-column="max"])').get_attribute("aria-sort") == "descending"
-
-
-def texts_of_columns(page: Page) -> list[str]:
-    return page.eval_on_selector_all(
-        ".neurons thead button", "buttons => buttons.map((button) => button.dataset.column)"
-    )
 
 
 def test_text_site_and_striking_filter(page: Page, table: pl.DataFrame) -> None:
@@ -158,10 +154,7 @@ def test_the_facts_above_the_table(page: Page, table: pl.DataFrame) -> None:
     open_table(page)
     intro = page.inner_text(".intro")
     assert "tiny <b>network</b>" in intro
-    assert (
-        f"192 neurons at 2 sites, recorded on {table['count'][0]:,} tokens of 240 examples of random words."
-        in intro
-    )
+    assert f"192 neurons at 2 sites, recorded on {table['count'][0]:,} tokens of 240 examples of random words." in intro
     assert f"{table['striking'].sum()} of them are striking" in intro
     page.click("text=About this recording")
     about = page.inner_text(".about")

@@ -24,18 +24,14 @@ _SOURCE = str(Path(patchclamp.__file__).parents[1])
 
 def _environment(**more: str) -> dict[str, str]:
     kept = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TERM")
+        key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TERM")
     }
     return kept | {"PYTHONPATH": _SOURCE, "COLUMNS": "120"} | more
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "patchclamp.cli", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=_environment(**environment), timeout=60
-    )
+    return subprocess.run(command, capture_output=True, text=True, env=_environment(**environment), timeout=60)
 
 
 def _imported_by(*arguments: str) -> set[str]:
@@ -47,9 +43,7 @@ def _imported_by(*arguments: str) -> set[str]:
         "from patchclamp.cli import app\n"
         "app()\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), timeout=60
-    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=_environment(), timeout=60)
     loaded = next(line for line in ran.stderr.splitlines() if line.startswith("LOADED"))
     return set(loaded.split()[1:])
 
@@ -61,9 +55,7 @@ def _imported_by(*arguments: str) -> set[str]:
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     loaded = _imported_by(*arguments)
     assert "typer" in loaded and "patchclamp.cli" in loaded
-    assert loaded.isdisjoint(
-        {*_HEAVY, "numpy", "polars", "duckdb", "pyarrow", "fastapi", "uvicorn", "pandas"}
-    )
+    assert loaded.isdisjoint({*_HEAVY, "numpy", "polars", "duckdb", "pyarrow", "fastapi", "uvicorn", "pandas"})
 
 
 def test_looking_at_a_neuron_loads_no_torch(atlas_folder: Path) -> None:
@@ -75,9 +67,7 @@ def test_looking_at_a_neuron_loads_no_torch(atlas_folder: Path) -> None:
 def test_exploring_loads_no_torch(atlas_folder: Path) -> None:
     """The port is taken, so the command loads all it needs and then ends by itself."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        loaded = _imported_by(
-            "explore", str(atlas_folder), "--no-open", "--port", str(server.getsockname()[1])
-        )
+        loaded = _imported_by("explore", str(atlas_folder), "--no-open", "--port", str(server.getsockname()[1]))
     assert "uvicorn" in loaded and "patchclamp.explore.application" in loaded
     assert loaded.isdisjoint({*_HEAVY, "duckdb", "pandas"})
 
@@ -150,9 +140,7 @@ def test_explore_serves_on_this_machine_only_and_ends_with_ctrl_c(atlas_folder: 
         "--port",
         "0",
     ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -72,9 +72,7 @@ def test_neurons_without_a_value_come_last(atlas_folder: Path, tmp_path: Path) -
     client = TestClient(application(atlas), base_url="http://localhost")
     for descending in (True, False):
         rows = client.get(f"/api/neurons?sort=score&descending={descending}&limit=1000").json()["neurons"]
-        assert {row["index"] for row in rows[-4:]} == {4, 5} and all(
-            row["score"] is None for row in rows[-4:]
-        )
+        assert {row["index"] for row in rows[-4:]} == {4, 5} and all(row["score"] is None for row in rows[-4:])
     assert rows[-5]["score"] == "Infinity"
 
 
@@ -90,11 +88,7 @@ def test_search_keeps_the_neurons_that_hold_every_word(client: TestClient, table
         "שלום",
     ):
         columns = table.select("neuron", "family", "top_token", "label_value").iter_rows()
-        wanted = [
-            row[0]
-            for row in columns
-            if all(word in "\n".join(row).lower() for word in search.lower().split())
-        ]
+        wanted = [row[0] for row in columns if all(word in "\n".join(row).lower() for word in search.lower().split())]
         assert sorted(_names(client, search=search, limit=1000)) == sorted(wanted), search
     assert len(_names(client, search="return")) > 0
 
@@ -115,9 +109,7 @@ def test_filters_are_those_of_polars(client: TestClient, table: pl.DataFrame) ->
 
 def test_pages_together_are_the_whole(client: TestClient) -> None:
     whole = _names(client, sort="score", limit=1000)
-    pages = [
-        name for offset in range(0, 200, 50) for name in _names(client, sort="score", offset=offset, limit=50)
-    ]
+    pages = [name for offset in range(0, 200, 50) for name in _names(client, sort="score", offset=offset, limit=50)]
     assert pages == whole and len(set(whole)) == 192
     beyond = client.get("/api/neurons?offset=5000").json()
     assert beyond["neurons"] == [] and beyond["total"] == 192
@@ -180,17 +172,11 @@ def test_infinite_edges_are_text_that_javascript_reads(atlas_folder: Path, tmp_p
     histograms.with_columns(edges=open_ended).write_parquet(copy / "histograms.parquet")
     client = TestClient(application(Atlas.open(copy, verify=False)), base_url="http://localhost")
     bins = client.get("/api/neurons/mlp.0:7").json()["histogram"]
-    assert (
-        bins[0]["low"] == "-Infinity"
-        and bins[-1]["high"] == "Infinity"
-        and isinstance(bins[0]["high"], float)
-    )
+    assert bins[0]["low"] == "-Infinity" and bins[-1]["high"] == "Infinity" and isinstance(bins[0]["high"], float)
 
 
 def test_neighbours_in_the_table(client: TestClient) -> None:
-    first, last, middle = (
-        client.get(f"/api/neurons/{name}").json() for name in ("mlp.0:0", "mlp.0:95", "mlp.1:4")
-    )
+    first, last, middle = (client.get(f"/api/neurons/{name}").json() for name in ("mlp.0:0", "mlp.0:95", "mlp.1:4"))
     assert (first["previous"], first["next"]) == (None, "mlp.0:1")
     assert (last["previous"], last["next"]) == ("mlp.0:94", None)
     assert (middle["previous"], middle["next"]) == ("mlp.1:3", "mlp.1:5")
@@ -237,9 +223,7 @@ def test_answers_have_the_shapes_that_the_document_promises(client: TestClient) 
 
 def test_a_damaged_file_is_said_by_name(atlas_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(atlas_folder, tmp_path / "copy"))
-    client = TestClient(
-        application(Atlas.open(copy)), base_url="http://localhost", raise_server_exceptions=False
-    )
+    client = TestClient(application(Atlas.open(copy)), base_url="http://localhost", raise_server_exceptions=False)
     (copy / "examples.parquet").unlink()
     answer = client.get("/api/neurons/mlp.0:7")
     assert answer.status_code == 500 and "examples.parquet" in answer.json()["detail"]

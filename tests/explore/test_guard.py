@@ -53,37 +53,27 @@ def test_any_other_host_is_refused(atlas: Atlas, host: str) -> None:
 
 def test_two_hosts_are_refused(atlas: Atlas) -> None:
     assert (
-        _client(atlas)
-        .get("/api/atlas", headers=[("Host", "localhost"), ("Host", "evil.example")])
-        .status_code
-        == 400
+        _client(atlas).get("/api/atlas", headers=[("Host", "localhost"), ("Host", "evil.example")]).status_code == 400
     )  # type: ignore[arg-type]
 
 
 def test_the_given_host_is_answered(atlas: Atlas) -> None:
     client = _client(atlas, "lab-machine", "10.1.2.3")
     assert (
-        _status(client, "lab-machine:8765")
-        == _status(client, "10.1.2.3:8765")
-        == _status(client, "localhost")
-        == 200
+        _status(client, "lab-machine:8765") == _status(client, "10.1.2.3:8765") == _status(client, "localhost") == 200
     )
     assert _status(client, "10.1.2.4") == _status(client, "other") == 400
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_bound_to_every_address_numbers_are_answered_and_foreign_names_are_not(
-    atlas: Atlas, host: str
-) -> None:
+def test_bound_to_every_address_numbers_are_answered_and_foreign_names_are_not(atlas: Atlas, host: str) -> None:
     client = _client(atlas, host)
     assert _status(client, "192.168.1.7:8765") == _status(client, "[fe80::1]:8765") == 200
     assert _status(client, socket.gethostname()) == 200
     assert _status(client, "evil.example") == 400
 
 
-@pytest.mark.parametrize(
-    "method", ["POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "CONNECT", "ANY"]
-)
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "CONNECT", "ANY"])
 def test_only_get_is_answered(atlas: Atlas, method: str) -> None:
     client = _client(atlas)
     for path in PATHS:
@@ -94,9 +84,7 @@ def test_only_get_is_answered(atlas: Atlas, method: str) -> None:
 def test_every_answer_shuts_the_page_in(atlas: Atlas, path: str) -> None:
     for answer in (_client(atlas).get(path), _client(atlas).get(path, headers={"Host": "evil.example"})):
         policy = answer.headers["content-security-policy"]
-        assert (
-            "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-        )
+        assert "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
         assert answer.headers["cross-origin-resource-policy"] == "same-origin"
@@ -133,9 +121,7 @@ def test_the_page_holds_nothing_inline_and_nothing_from_elsewhere(atlas: Atlas) 
 
     client, folder = _client(atlas), Path(patchclamp.explore.__file__).parent / "static"
     html = client.get("/").text
-    assert (
-        "style=" not in html and "onclick" not in html and html.count("<script") == 1 and "></script>" in html
-    )
+    assert "style=" not in html and "onclick" not in html and html.count("<script") == 1 and "></script>" in html
     for file in folder.iterdir():
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text and "https:" not in text and "//cdn" not in text, file.name

@@ -23,9 +23,7 @@ def _fail(line: str) -> None:
 
 
 def test_a_taken_port_is_named_with_the_next_free_one(atlas: Atlas, taken: int) -> None:
-    with pytest.raises(
-        PatchclampError, match=rf"port {taken} of 127\.0\.0\.1 is in use: try --port (\d+)"
-    ) as caught:
+    with pytest.raises(PatchclampError, match=rf"port {taken} of 127\.0\.0\.1 is in use: try --port (\d+)") as caught:
         serve(atlas, port=taken, open_browser=False, say=_fail)
     free = int(str(caught.value).rsplit(" ", 1)[1])
     assert free > taken
@@ -49,10 +47,6 @@ def test_a_host_that_is_not_this_machine_is_named(atlas: Atlas, host: str) -> No
 
 
 def test_addresses() -> None:
-    assert (
-        _in_address("::1") == "[::1]"
-        and _in_address("0.0.0.0") == "localhost"
-        and _in_address("lab") == "lab"
-    )
+    assert _in_address("::1") == "[::1]" and _in_address("0.0.0.0") == "localhost" and _in_address("lab") == "lab"
     assert _is_loopback("127.0.0.1") and _is_loopback("::1") and _is_loopback("localhost")
     assert not _is_loopback("0.0.0.0") and not _is_loopback("10.0.0.1") and not _is_loopback("lab")

@@ -32,7 +32,7 @@ from patchclamp.recording.thresholds import FractionOfMaximum, OwnQuantile
 FEW = [-2.0, -1.0, -0.0, 0.0, 0.125, 0.5, 1.0, 3.0]
 # How much is worked on at once; small here, so that small data is cut as large data is.
 PIECES = [
-    (batch_module, "_BLOCK_ELEMENTS", [1, 9, 1 << 19]),
+    (batch_module, "_BLOCK_ELEMENTS", [1, 9, 1 << 20]),
     (top_examples, "_SPARSE_SHARE", [0.0, 0.25, 1e9]),
     (top_examples, "_COLUMNS_AT_ONCE", [1, 2, 128]),
     (histogram, "_COUNTED_AT_ONCE", [1, 13, 1 << 22]),

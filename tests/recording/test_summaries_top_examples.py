@@ -95,6 +95,16 @@ def test_ties_go_to_the_smaller_example_then_the_smaller_position() -> None:
     assert not np.signbit(found.values).any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zeros_of_either_sign_are_ties_within_a_batch(dtype: type) -> None:
+    random = np.random.default_rng(6)
+    found = TopExamples(5).start(Setting("mlp.0", 9))
+    values = random.choice([0.0, -0.0, -1.0], size=(300, 9)).astype(dtype)
+    example = random.permutation(300)
+    found.update(batch_of(values, example, np.zeros(300, np.int64)))
+    np.testing.assert_array_equal(found.example, brute(values, example, example, 5)[1])
+
+
 def test_fewer_rows_than_places() -> None:
     found = TopExamples(4).start(Setting("mlp.0", 2))
     found.update(batch_of(np.array([[-1.0, 2.0], [-3.0, 1.0]], np.float32), np.array([5, 5]), np.array([1, 2])))

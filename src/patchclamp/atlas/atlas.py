@@ -80,7 +80,7 @@ class Atlas:
             if f"{table}.parquet" not in manifest.get("files", {}):
                 raise DamagedStore(f"{folder / 'manifest.json'} is damaged: it does not list {table}.parquet")
         if verify:
-            verify_files(folder, manifest, skip=("recording/",))
+            verify_files(folder, manifest, skip=lambda name: name.startswith("recording/"))
         atlas = cls(folder, manifest)
         for table, columns in TABLES.items():
             atlas._check(table, columns)

@@ -45,7 +45,8 @@ def build(
         sites: whose neurons.
         max_length: longest text in tokens; default: what model and tokenizer can take.
         batch_tokens: padded tokens of one forward pass.
-        correlate_tokens: at most so many tokens are looked at for the nearest neurons; 0 leaves them out.
+        correlate_tokens: at most so many tokens are looked at for the nearest neurons, special ones included;
+            0 leaves the nearest neurons out.
         seed: draws the samples for thresholds and correlations.
         progress: draw progress bars.
 
@@ -74,7 +75,7 @@ def build(
         _write_tables(recording, folder)
         near.write_parquet(folder / "neighbors.parquet")
         recording.save(folder / "recording")
-        write_manifest(folder, "atlas", _manifest(recording))
+        write_manifest(folder, "atlas", _manifest(recording, correlate_tokens))
     return Atlas.open(path)
 
 
@@ -91,13 +92,13 @@ def _write_tables(recording: Recording, folder: Path) -> None:
         table.write_parquet(folder / f"{name}.parquet")
 
 
-def _manifest(recording: Recording) -> dict[str, Any]:
+def _manifest(recording: Recording, correlate_tokens: int) -> dict[str, Any]:
     facts = recording.facts
     return {
         "model": facts["model"] | {"neurons": sum(site.size or 0 for site in recording.sites)},
         "data": facts["data"],
         "labels": {name: list(each) for name, each in recording.labels.items()},
-        "parameters": facts["parameters"],
+        "parameters": facts["parameters"] | {"correlate_tokens": correlate_tokens},
         "sites": [
             {
                 "name": site.name,

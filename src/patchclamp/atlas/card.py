@@ -27,7 +27,7 @@ class NeuronCard:
             tokens that do not count), `labels`. Ranks may skip: near-duplicates were removed.
         tokens: the tokens that trigger it: `token`, `fired` and `occurrences` (counts),
             `share_of_firings` and `share_of_token` (in 0..1).
-        neighbors: the neurons whose activations run most like its own: `other_site`, `other_index`,
+        neighbors: the neurons whose activations go most with its own, or most against it: `other_site`, `other_index`,
             `correlation` (Pearson), `relation` ("layer": of its own layer; "next": of the next one).
         labels: its activity by category: `label`, `value`, `count`, `mean`, `firing_rate`, `strong_rate`.
         histogram: one row per bin of its activations: `low`, `high`, `count`; the outermost edges

@@ -12,7 +12,7 @@ from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
 from patchclamp.recording.corpus import Corpus
-from patchclamp.recording.stream import finite_rows, stream
+from patchclamp.recording.stream import stream
 
 # Pairs of sites are correlated in as many passes over the sample as it takes to stay below this.
 _MOST_BYTES = 2 << 30
@@ -36,19 +36,17 @@ def neighbors(
         corpus: the data it reads.
         sites: sites of known size; the next layer of `mlp.3` is `mlp.4`, of the same kind and stack.
         number: how many partners in its own layer, and how many in the next.
-        tokens: at most about so many tokens are looked at, of examples drawn with `seed`.
+        tokens: at most so many tokens are looked at, special ones included, of examples drawn with `seed`.
         batch_tokens: padded tokens of one forward pass.
         seed: draws the sample.
         progress: draw a progress bar.
 
     Returns:
         Columns `site`, `index`, `rank`, `other_site`, `other_index`, `correlation` (signed, float64) and
-        `relation` ("layer" or "next"). A neuron that never changes has no partners.
+        `relation` ("layer" or "next"). A neuron that never changes has no partners. Rows with a NaN or an
+        infinity at one of two sites are left out for this pair.
     """
-    sample = corpus.sample(tokens, seed)
-    if int(corpus.lengths[sample].sum()) > tokens and len(sample) > 1:
-        sample = sample[:-1]
-    batches = corpus.batches(batch_tokens, sample)
+    batches = corpus.batches(batch_tokens, corpus.sample(tokens, seed))
     frames = []
     groups = _grouped(_pairs(sites))
     total = sum(int(corpus.lengths[each].sum()) for each in batches) * len(groups)
@@ -57,13 +55,12 @@ def neighbors(
             products = [_Product(left, right) for left, right in group]
             needed = [site for site in sites if any(site in pair for pair in group)]
             for read in stream(model, corpus, needed, batches):
-                values = {}
-                for name, whole in read.batches.items():
-                    batch, _ = finite_rows(whole)
-                    # Rows that are left out at one site would no longer stand beside those of the other.
-                    values[name] = whole.values if len(batch) == len(whole) else torch.nan_to_num(whole.values)
+                values = {name: batch.values for name, batch in read.batches.items()}
+                finite = {name: torch.isfinite(each).all(1) for name, each in values.items()}
                 for product in products:
-                    product.update(values[product.left.name], values[product.right.name])
+                    left, right = product.left.name, product.right.name
+                    # Left out at both sites, so that the rows of the two stay side by side.
+                    product.update(values[left], values[right], finite[left] & finite[right])
                 bar.advance(read.tokens)
             frames += [product.best(number) for product in products]
     return pl.concat(frames) if frames else _frame(_EMPTY, "", "", "layer")
@@ -81,7 +78,10 @@ class _Product:
         self._rows = 0
         self._sums: list[torch.Tensor] = []
 
-    def update(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def update(self, left: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> None:
+        """Take in values [rows, size] of the two sites, without the rows that are not `kept` [rows]."""
+        if not bool(kept.all()):
+            left, right = left[kept], right[kept]
         if not len(left):
             return
         if not self._sums:
@@ -89,7 +89,7 @@ class _Product:
             sizes = left.shape[1], right.shape[1]
             self._cross = torch.zeros(sizes, device=left.device)
             self._sums = [torch.zeros(n, dtype=torch.float64, device=left.device) for n in (*sizes, *sizes)]
-        x, y = left.float() - self._shift[0].float(), right.float() - self._shift[1].float()
+        x, y = (left - self._shift[0]).float(), (right - self._shift[1]).float()
         self._rows += len(x)
         self._cross += x.T @ y
         for total, part in zip(self._sums, (x, y, x * x, y * y), strict=True):
@@ -101,12 +101,12 @@ class _Product:
         if not self._rows:
             return _frame(_EMPTY, self.left.name, self.right.name, relation)
         x, y, xx, yy = (each / self._rows for each in self._sums)
-        scale_x, scale_y = (xx - x * x).clamp(min=0).sqrt(), (yy - y * y).clamp(min=0).sqrt()
-        scale = scale_x[:, None] * scale_y[None]
-        correlation = (self._cross.double() / self._rows - x[:, None] * y[None]) / scale
-        # What does not change, beyond rounding, correlates with nothing.
-        constant = scale <= 1e-12 * (1 + xx.sqrt()[:, None] * yy.sqrt()[None])
-        correlation = torch.where(constant, torch.nan, correlation).clamp(-1, 1)
+        scale_x, scale_y = (
+            _changing((total - mean * mean).clamp(min=0).sqrt(), shift)
+            for total, mean, shift in ((xx, x, self._shift[0]), (yy, y, self._shift[1]))
+        )
+        covariance = self._cross.double() / self._rows - x[:, None] * y[None]
+        correlation = (covariance / (scale_x[:, None] * scale_y[None])).clamp(-1, 1)
         strength = torch.nan_to_num(correlation.abs(), nan=-1.0)
         if same:
             strength.fill_diagonal_(-1.0)
@@ -116,6 +116,12 @@ class _Product:
         found = best.values >= 0
         columns = (index, rank, best.indices, correlation.gather(1, best.indices))
         return _frame(tuple(each[found].cpu().numpy() for each in columns), self.left.name, self.right.name, relation)
+
+
+def _changing(deviation: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The deviation [size], or NaN where it is only the rounding of values around this mean."""
+    rounding = 8 * torch.finfo(mean.dtype).eps * mean.abs()
+    return torch.where(deviation <= rounding, torch.nan, deviation)
 
 
 def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:

@@ -34,7 +34,6 @@ def ask(files: Mapping[str, Path], query: str) -> pl.DataFrame:
                 connection.register(name, pyarrow.dataset.dataset(str(file), format="parquet"))
             except (OSError, pyarrow.ArrowException) as error:
                 raise DamagedStore(f"{file} cannot be read: {error}") from error
-        connection.execute("SET python_enable_replacements = false")
         connection.execute("SET temp_directory = ''")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,22 @@ def neurons_table(recording: Recording, tokens: pl.DataFrame, labels: pl.DataFra
     )
     table = table.join(top, on=key, how="left", maintain_order="left")
     table = table.join(_preferred_label(labels), on=key, how="left", maintain_order="left")
-    found = striking(recording).to_polars() if _has_tokens(recording) else None
-    if found is not None:
-        marked = found.select(*key, pl.lit(True).alias("striking"))
-        table = table.join(marked, on=key, how="left", maintain_order="left")
-        return table.with_columns(pl.col("striking").fill_null(False))
-    return table.with_columns(pl.lit(False).alias("striking"))
+    with_tokens = {name: each for name, each in recording.by_site.items() if "by_token" in each.summaries}
+    if not with_tokens:
+        return table.with_columns(pl.lit(False).alias("striking"))
+    found = striking(replace(recording, by_site=with_tokens)).to_polars()
+    table = table.join(found.select(*key, pl.lit(True).alias("striking")), on=key, how="left", maintain_order="left")
+    return table.with_columns(pl.col("striking").fill_null(False))
 
 
 def examples_table(recording: Recording, context: int = 12) -> pl.DataFrame:
-    """The strongest examples of each neuron with the text around them; near-duplicates are left out."""
+    """The strongest examples of each neuron with the text around them; near-duplicates are left out.
+
+    Where the data has no text, `tokens` and `values` are empty, and `start` is the position.
+    """
     rows: dict[str, list[Any]] = {name: [] for name in _EXAMPLES_SCHEMA}
     for name, each in recording.by_site.items():
-        if "top_examples" not in each.summaries or not recording.windows:
+        if "top_examples" not in each.summaries:
             continue
         _examples_of(recording, name, each, context, rows)
     return pl.DataFrame(rows, schema=_EXAMPLES_SCHEMA)
@@ -152,10 +156,6 @@ def _preferred_label(labels: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _has_tokens(recording: Recording) -> bool:
-    return all("by_token" in each.summaries for each in recording.by_site.values())
-
-
 # Examples -------------------------------------------------------------------------------------------
 
 _EXAMPLES_SCHEMA = {
@@ -180,18 +180,22 @@ def _examples_of(
     kept_context = int(top.parameters()["context"])
     around = top.window.astype(np.float32) if kept_context else values[..., None]
     for index in range(len(values)):
-        shown: list[frozenset[int]] = []
+        seen: list[frozenset[int]] = []
         for rank in range(values.shape[1]):
             example, position = int(examples[index, rank]), int(positions[index, rank])
             if example < 0:
                 break
-            window = recording.window(name, example, position, min(context, kept_context))
-            tokens = frozenset(window.ids.tolist())
-            if any(_alike(tokens, other) for other in shown):
-                continue
-            shown.append(tokens)
-            first = window.start - position + kept_context
-            seen = around[index, rank, first : first + len(window.ids)]
+            start, tokens, shown = position, [], []
+            if recording.windows:
+                window = recording.window(name, example, position, min(context, kept_context))
+                different = frozenset(window.ids.tolist())
+                if any(_alike(different, other) for other in seen):
+                    continue
+                seen.append(different)
+                start, tokens = window.start, recording.text(window.ids)
+                first = start - position + kept_context
+                beside = around[index, rank, first : first + len(tokens)]
+                shown = np.where(window.counted, beside, np.nan).astype(np.float32).tolist()
             row = (
                 name,
                 index,
@@ -199,9 +203,9 @@ def _examples_of(
                 float(values[index, rank]),
                 example,
                 position,
-                window.start,
-                recording.text(window.ids),
-                np.where(window.counted, seen, np.nan).astype(np.float32).tolist(),
+                start,
+                tokens,
+                shown,
                 json.dumps(recording.labels_of(example), ensure_ascii=False),
             )
             for column, value in zip(rows, row, strict=True):

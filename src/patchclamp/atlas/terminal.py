@@ -50,7 +50,7 @@ def draw_summary(atlas: Atlas, striking: int = 5) -> RenderableType:
         ),
     ]
     if not len(found):
-        lines.append(Text("No neuron is striking: none fires on one word family nearly always and nearly only."))
+        lines.append(Text("No neuron is striking: none answers to a family of words."))
         return Group(*lines)
     lines.append(
         Text(f"{len(found)} striking, the first {min(striking, len(found))}:" if len(found) > 1 else "1 striking:")
@@ -125,18 +125,13 @@ def _shaded(tokens: Sequence[str], values: Sequence[float], peak: int, room: int
     text = Text("…" if first else "", style=Style(bold=False))
     for place in range(first, last + 1):
         token, value = shown[place], values[place] if place < len(values) else math.nan
-        if place == first and not first:
-            token = token.lstrip() or token
-        if place != peak:
-            text.append(token, _shade(value, strongest))
-            continue
-        # The mark hugs the word: «return», not « return».
-        space = token[: len(token) - len(token.lstrip())]
-        text.append(space)
-        text.append(
-            f"«{token[len(space) :]}»" if marked else token[len(space) :],
-            _shade(value, strongest) + Style(bold=True),
-        )
+        # Shade and mark hug the word: «return», not « return».
+        word = token.lstrip() or token
+        text.append("" if place == first == 0 else token[: len(token) - len(word)])
+        style = _shade(value, strongest)
+        if place == peak:
+            word, style = f"«{word}»" if marked else word, style + Style(bold=True)
+        text.append(word, style)
     if last < len(shown) - 1:
         text.append("…")
     return text

@@ -22,13 +22,17 @@ class Column(NamedTuple):
 
 COLUMNS: dict[str, Column] = {
     "neuron": Column("Neuron", "text", "The site, a colon, and the index there."),
-    "family": Column("Word family", "text", "Forms of one word on which its strong firings gather."),
+    "family": Column(
+        "Word family", "text", "The words on which its strong firings gather: forms of one word, or of a few."
+    ),
     "score": Column(
-        "Score", "number", "Purity times coverage: 1 if it fires strongly on this family, always and only."
+        "Score",
+        "number",
+        "Purity times coverage, each corrected for chance: 1 if it fires strongly there, always and only.",
     ),
     "purity": Column("Purity", "share", "Share of its strong firings that are on the word family."),
     "coverage": Column("Coverage", "share", "Share of the family's occurrences on which it fires strongly."),
-    "striking": Column("Striking", "flag", "Purity and coverage are both high, on enough occurrences."),
+    "striking": Column("Striking", "flag", "Its score is high, on a family of words that occurs often."),
     "top_token": Column("Top token", "text", "The token that has most of its strong firings."),
     "top_token_purity": Column("Top token purity", "share", "Share of its strong firings that are on the top token."),
     "top_token_coverage": Column(
@@ -39,9 +43,13 @@ COLUMNS: dict[str, Column] = {
         "Strong rate", "share", "Share of the tokens on which its activation is above the threshold."
     ),
     "threshold": Column("Threshold", "number", "What counts as strong: half of its maximum in a calibration sample."),
-    "label": Column("Label", "text", "The label of the data that divides its activations most."),
-    "label_value": Column("Prefers", "text", "The category of that label on which it is most active."),
-    "label_contrast": Column("Label contrast", "number", "How much it prefers that category to the others."),
+    "label": Column("Label", "text", "The label of the data by which its strong firings differ most."),
+    "label_value": Column("Prefers", "text", "The category of that label in which it fires strongly more often."),
+    "label_contrast": Column(
+        "Label contrast",
+        "share",
+        "Share of that category's tokens on which it fires strongly, less the share in all other categories.",
+    ),
     "mean": Column("Mean", "number", "Mean activation over all tokens counted."),
     "std": Column("Deviation", "number", "Standard deviation of its activation."),
     "min": Column("Minimum", "number", "Smallest activation seen."),

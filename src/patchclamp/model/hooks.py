@@ -25,14 +25,14 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 def reading(root: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[torch.Tensor]]]:
     """Collect the tensor of each site at each call of its module: name -> list of tensors, newest last.
 
-    The caller empties the lists. A tensor is the very one that flows on; it is not copied unless the
-    block goes on writing into it.
+    The caller empties the lists. What enters a projection is the very tensor that flows on; others are
+    copied, as the network may go on writing into them (`x += ...`, `ReLU(inplace=True)`).
     """
     captured: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
 
     def keep(site: Site) -> Edit:
         def observe(tensor: torch.Tensor) -> torch.Tensor:
-            captured[site.name].append(tensor)
+            captured[site.name].append(tensor if site.kind in ("mlp", "attn") else tensor.clone())
             return tensor
 
         return observe

@@ -2,8 +2,8 @@
 
 A *stack* is a list of blocks of one class, each holding a feed-forward pair: a projection `d -> n`
 and, after it, one `n -> d`. Whatever enters the second is the neurons. What lies inside an attention
-module is not part of the pair; the last projection there is the attention output projection. In a
-network without stacks, each linear layer that follows another one of fitting width reads neurons.
+module is not part of the pair; the last projection to `d` there is the attention output projection.
+In a network without stacks, each linear layer that follows another one of fitting width reads neurons.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
+import torch
 from torch import nn
 
 from patchclamp.model.site import Site
@@ -32,7 +34,7 @@ class Stack:
 
     name: str
     path: str
-    depth: int
+    layers: list[int]  # the blocks that are built like the first
     parts: BlockParts
 
     def block(self, layer: int) -> str:
@@ -50,8 +52,13 @@ class BlockParts:
     fused: bool = False
     activation: str | None = None
     attention: dict[str, str] = field(default_factory=dict)  # attn, cross_attn -> output projection
-    heads: dict[str, int | None] = field(default_factory=dict)
+    attending: dict[str, str] = field(default_factory=dict)  # attn, cross_attn -> the whole module
     unlisted: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple:
+        """What two blocks that are built alike share."""
+        return self.output, self.inputs, self.activation, self.attention
 
 
 def inspect(root: nn.Module) -> Inspection:
@@ -59,12 +66,15 @@ def inspect(root: nn.Module) -> Inspection:
     found = Inspection()
     found.stacks = _name_stacks(list(_stacks(root)))
     for stack in found.stacks:
-        for layer in range(stack.depth):
+        for layer in stack.layers:
             for site in _sites_of_block(root, stack, layer):
                 found.sites[site.name] = site
+        for layer in sorted(set(range(len(_children(root, stack)))) - set(stack.layers)):
+            found.unlisted[f"{_prefix(stack)}*.{layer}"] = f"{stack.block(layer)} is built unlike {stack.block(0)}"
         for kind, why in stack.parts.unlisted.items():
             found.unlisted[f"{_prefix(stack)}{kind}.*"] = why
-    if not found.stacks:
+    # The heads of a transformer whose blocks are of another kind are no pairs of layers.
+    if not found.stacks and not _attention_modules(root):
         for site in _plain_sites(root):
             found.sites[site.name] = site
     if not found.sites:
@@ -123,8 +133,9 @@ def _stacks(root: nn.Module) -> Iterator[Stack]:
         if len({type(child) for child in module}) != 1:
             continue
         parts = [_block_parts(child) for child in module]
-        if all(part is not None for part in parts):
-            candidates.append(Stack("", path, len(module), parts[0]))  # type: ignore[arg-type]
+        if parts[0] is not None:
+            alike = [layer for layer, part in enumerate(parts) if part and part.paths == parts[0].paths]
+            candidates.append(Stack("", path, alike, parts[0]))
     for stack in candidates:
         # The innermost list holds the blocks; an outer one (the stages of a vision model) holds lists.
         inner = stack.path + "." if stack.path else ""
@@ -140,16 +151,43 @@ def _block_parts(block: nn.Module) -> BlockParts | None:
         for path, module in block.named_modules()
         if path and path not in attention and not path.startswith(inside) and (shape := linear_shape(module))
     ]
-    for position in range(len(linears) - 1, 0, -1):
-        output, (size, width) = linears[position]
-        before = linears[:position]
-        inputs = [path for path, shape in before if shape == (width, size)]
-        fused = [path for path, shape in before if shape == (width, 2 * size)]
-        if inputs or fused:
-            parts = _parts(block, output, inputs[-2:], fused[-1:], size)
-            _add_attention(block, attention, parts)
-            return parts
-    return None
+    widths = _residual_widths(block, inside)
+    pairs = []
+    for output, (size, width) in linears:
+        inputs = _feeding(linears, output, (width, size))
+        fused = _feeding(linears, output, (width, 2 * size))
+        if (inputs or fused) and (not widths or width in widths):
+            pairs.append((output, inputs[-2:], fused[-1:], size, width))
+    if not pairs:
+        return None
+    # A gated pair has two projections in and one out; else the last pair of the block is the MLP.
+    output, inputs, fused, size, width = max(reversed(pairs), key=lambda pair: len(pair[1]))
+    parts = _parts(block, output, inputs, fused, size)
+    _add_attention(block, attention, parts, width)
+    return parts
+
+
+def _feeding(linears: list[tuple[str, tuple[int, int]]], output: str, shape: tuple[int, int]) -> list[str]:
+    """Projections of that shape before `output`, or beside it: Meta's Llama has its `w3` after `w2`."""
+    position = [path for path, _ in linears].index(output)
+    parent = output.rpartition(".")[0]
+    return [
+        path
+        for number, (path, each) in enumerate(linears)
+        if each == shape
+        and (number < position or (shape[0] != shape[1] and number > position and path.rpartition(".")[0] == parent))
+    ]
+
+
+def _residual_widths(block: nn.Module, inside_attention: tuple[str, ...]) -> set[int]:
+    """What the block's norms normalise, which tells `d -> n` from `n -> d` where it is known."""
+    widths = set()
+    for path, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        outside = is_norm(module) and not path.startswith(inside_attention)
+        if outside and isinstance(weight, torch.Tensor) and weight.ndim == 1:
+            widths.add(weight.shape[0])
+    return widths
 
 
 def _parts(block: nn.Module, output: str, inputs: list[str], fused: list[str], size: int) -> BlockParts:
@@ -193,7 +231,7 @@ def _attention_modules(block: nn.Module) -> list[str]:
     return found
 
 
-def _add_attention(block: nn.Module, attention: list[str], parts: BlockParts) -> None:
+def _add_attention(block: nn.Module, attention: list[str], parts: BlockParts, width: int) -> None:
     for path in attention:
         module = block.get_submodule(path)
         cross = bool(re.search(r"cross|enc_?dec|encoder_attn", f"{path} {type(module).__name__}", re.IGNORECASE))
@@ -201,12 +239,13 @@ def _add_attention(block: nn.Module, attention: list[str], parts: BlockParts) ->
         if any(isinstance(each, nn.MultiheadAttention) for each in module.modules()):
             parts.unlisted[kind] = "nn.MultiheadAttention never calls its output projection as a module"
             continue
-        linears = [name for name, each in module.named_modules() if linear_shape(each)]
+        shapes = {name: linear_shape(each) for name, each in module.named_modules()}
+        linears = [name for name, shape in shapes.items() if shape and shape[1] == width]
         if not linears or kind in parts.attention:
             parts.unlisted[kind] = f"{path} has no output projection" if not linears else f"two modules: {path}"
             continue
         parts.attention[kind] = f"{path}.{linears[-1]}"
-        parts.heads[kind] = _head_count(module)
+        parts.attending[kind] = path
 
 
 def _head_count(attention: nn.Module) -> int | None:
@@ -229,7 +268,7 @@ def _sites_of_block(root: nn.Module, stack: Stack, layer: int) -> Iterator[Site]
     yield Site(f"{prefix}resid_pre.{layer}", "resid_pre", size=width, module=base, **common)
     for kind, path in parts.attention.items():
         inputs, _ = linear_shape(block.get_submodule(path)) or (0, 0)
-        heads = parts.heads[kind]
+        heads = _head_count(block.get_submodule(parts.attending[kind]))
         yield Site(
             f"{prefix}{kind}.{layer}",
             "attn",
@@ -275,6 +314,10 @@ def _name_stacks(stacks: list[Stack]) -> list[Stack]:
             else:
                 stack.name = "_".join(path)
     return stacks
+
+
+def _children(root: nn.Module, stack: Stack) -> nn.ModuleList | nn.Sequential:
+    return cast(nn.ModuleList, root.get_submodule(stack.path))
 
 
 def _prefix(stack: Stack) -> str:

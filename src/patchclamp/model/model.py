@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,6 @@ class Model:
         self.name = name or type(module).__name__
         self.reader = None if tokenizer is None else TokenReader(tokenizer, getattr(module, "config", None))
         self._inspection: Inspection | None = None
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
     # Sites ----------------------------------------------------------------------------------------
 
@@ -72,6 +71,8 @@ class Model:
         Raises:
             UnknownName: a name or glob matches nothing; the nearest names are listed.
         """
+        if not isinstance(sites, (str, Site, Iterable)):
+            raise _not_a_site(sites)
         wanted = [sites] if isinstance(sites, (str, Site)) else list(sites)
         chosen: dict[str, Site] = {}
         for each in wanted:
@@ -139,28 +140,29 @@ class Model:
         return {role: _inputs_by_outputs(self.module.get_submodule(path)).T for role, path in found.reads.items()}
 
     def weights_sha256(self) -> str:
-        """SHA-256 over the names, shapes, types and bytes of all weights; computed again only when one changed."""
-        tensors = self.module.state_dict(keep_vars=True)
-        versions = tuple(each for tensor in tensors.values() for each in (tensor.data_ptr(), tensor._version))
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            digest = hashlib.sha256()
-            for name, tensor in tensors.items():
+        """SHA-256 over the names, shapes, types and bytes of all weights, as they are now."""
+        # Never remembered: PyTorch does not say of every change (`weight.data.zero_()`) that there was one.
+        digest = hashlib.sha256()
+        for name, tensor in self.module.state_dict().items():
+            if isinstance(tensor, torch.Tensor):
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
                 flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
-            self._fingerprint = (versions, digest.hexdigest())
-        return self._fingerprint[1]
+                digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        return digest.hexdigest()
 
     # Running --------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module and return its own output.
 
-        Tensors and keywords are passed through. A text or a list of texts is tokenized first, and padded
-        on the tokenizer's side; keywords may be added.
+        Tensors and keywords are passed through. A text or a list of texts is tokenized first, and padded on
+        `safe_padding_side`; keywords may be added.
+
+        Raises:
+            DataError: the list is empty or holds something else than texts, or a text has no tokens.
         """
         first = args[0] if args else None
-        if isinstance(first, str) or _is_texts(first):
+        if _is_text(first):
             if len(args) > 1:
                 raise DataError("give texts as one list: model([first, second])")
             return self.module(**self.inputs(first), **kwargs)
@@ -169,9 +171,11 @@ class Model:
     def inputs(self, texts: str | Sequence[str]) -> dict[str, torch.Tensor]:
         """The keyword arguments with which the module reads these texts, without those it does not take."""
         reader = require_tokenizer(self.reader, "a text")
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        encoded = reader.encode(listed)
-        return self.text_inputs(pad([each.ids for each in encoded], reader.pad_id, reader.padding_side))
+        listed = _checked_texts(texts)
+        ids = [each.ids for each in reader.encode(listed)]
+        if not all(ids):
+            raise DataError(f"the text {listed[[len(each) for each in ids].index(0)]!r} has no tokens")
+        return self.text_inputs(pad(ids, reader.pad_id, self.safe_padding_side))
 
     def text_inputs(self, batch: PaddedBatch, decoder: PaddedBatch | None = None) -> dict[str, torch.Tensor]:
         """Keyword arguments for a padded batch of token ids; `decoder` is what an encoder-decoder's decoder reads."""
@@ -213,10 +217,11 @@ class Model:
         Raises:
             SiteNotReached: the forward pass never called the site's module.
         """
-        if _is_texts(x):
-            return [self.activations(text, sites) for text in x]
+        if _is_text(x) and not isinstance(x, str):
+            return [self.activations(text, sites) for text in _checked_texts(x)]
         chosen = self.select(sites)
-        single = isinstance(sites, Site) or (isinstance(sites, str) and sites in (chosen[0].name, self._unalias(sites)))
+        named = isinstance(sites, Site) or (isinstance(sites, str) and not set("*?[") & set(sites))
+        single = named and len(chosen) == 1
         tokens: dict[str, list[str]] = {}
         with self.evaluating(), torch.no_grad(), reading(self.module, chosen) as captured:
             if isinstance(x, str):
@@ -246,17 +251,22 @@ class Model:
         return output.logits[0]
 
     def embed(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """One vector per text: the mean over its tokens of the last hidden state, scaled to length 1. `[texts, d]`."""
-        listed = [texts] if isinstance(texts, str) else list(texts)
+        """One vector per text: the mean over its tokens of the last hidden state, scaled to length 1. `[texts, d]`.
+
+        The hidden state is the encoder's where there is an encoder and a decoder.
+        """
+        listed = _checked_texts(texts)
         vectors = []
         with self.evaluating(), torch.no_grad():
             for start in range(0, len(listed), 32):
                 inputs = self.inputs(listed[start : start + 32])
                 wants_states = {"output_hidden_states": True} if not self._returns_states else {}
                 output = self.module(**inputs, **wants_states)
-                hidden = getattr(output, "last_hidden_state", None)
+                hidden = getattr(output, "encoder_last_hidden_state", None)
                 if hidden is None:
-                    states = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
+                    hidden = getattr(output, "last_hidden_state", None)
+                if hidden is None:
+                    states = getattr(output, "hidden_states", None)
                     if not states:
                         raise ModelError(f"{type(self.module).__name__} gives no hidden states to average")
                     hidden = states[-1]
@@ -374,7 +384,7 @@ class Model:
         if isinstance(wanted, Site):
             return [wanted]
         if not isinstance(wanted, str):
-            raise DataError(f"a site is named by a text such as 'mlp.3' or 'mlp.*', not by {wanted!r}")
+            raise _not_a_site(wanted)
         if wanted.startswith("module:"):
             return [self._named_module(wanted)]
         pattern = self._unalias(wanted)
@@ -398,13 +408,12 @@ class Model:
         return Site(name, "module", None, shape[1] if shape else None, module=path, tensor="output")
 
     def _why_not(self, name: str) -> str:
+        if not self.sites:
+            why = " ".join(f"{kind} is not listed: {why}." for kind, why in self._inspected.unlisted.items())
+            return f"{why} Any module's output can be named by hand: module:{self._some_module()}"
         for pattern, why in self._inspected.unlisted.items():
             if fnmatch.fnmatchcase(name, pattern) or name == pattern.removesuffix(".*") or name == pattern:
                 return f"{pattern} is not listed: {why}."
-        if not self.sites:
-            return (
-                " ".join(self._inspected.unlisted.values()) + ". Name a module by hand: module:" + self._some_module()
-            )
         return ""
 
     def _some_module(self) -> str:
@@ -466,8 +475,22 @@ def _inputs_by_outputs(module: nn.Module) -> torch.Tensor:
     return weight if type(module).__name__ == "Conv1D" else weight.T
 
 
-def _is_texts(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(each, str) for each in x)
+def _is_text(x: Any) -> TypeGuard[str | Sequence[str]]:
+    return isinstance(x, str) or (isinstance(x, (list, tuple)) and (not x or any(isinstance(e, str) for e in x)))
+
+
+def _checked_texts(texts: str | Sequence[str]) -> list[str]:
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    if not listed:
+        raise DataError("there are no texts: the list is empty")
+    for number, each in enumerate(listed):
+        if not isinstance(each, str):
+            raise DataError(f"text {number} is not a text but {type(each).__name__}: {each!r:.60}")
+    return listed
+
+
+def _not_a_site(given: object) -> DataError:
+    return DataError(f"a site is named by a text such as 'mlp.3' or 'mlp.*', not by {given!r}")
 
 
 def _noting(edit: Edit, name: str, reached: set[str]) -> Edit:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from patchclamp.model.hooks import first_tensor, input_tensor
-from patchclamp.model.inspection import Inspection, Stack, is_norm
+from patchclamp.model.inspection import Inspection, Stack, is_norm, linear_shape
 from patchclamp.model.site import Site
 
 
@@ -36,7 +36,7 @@ def probe(root: nn.Module, found: Inspection) -> None:
         except Exception as error:  # whatever a foreign model raises on made-up inputs
             found.unlisted[key] = f"the model could not be tried: {type(error).__name__}: {error}"
             continue
-        _drop_unreached(found, stack, trace)
+        _drop_unreadable(root, found, stack, trace)
         _add_resid_mid(root, found, stack, trace, inputs, key)
 
 
@@ -132,15 +132,27 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def _drop_unreached(found: Inspection, stack: Stack, trace: _Trace) -> None:
+def _drop_unreadable(root: nn.Module, found: Inspection, stack: Stack, trace: _Trace) -> None:
     base = stack.block(0) + "."
-    for kind in ("attn", "cross_attn", "gate", "mlp"):
-        name = f"{stack.name}.{kind}" if stack.name else kind
-        site = found.sites.get(f"{name}.0")
-        if site is not None and site.module.removeprefix(base) not in trace.order:
-            for layer in range(stack.depth):
-                found.sites.pop(f"{name}.{layer}", None)
-            found.unlisted[f"{name}.*"] = f"a forward pass never calls {site.module} as a module"
+    block = root.get_submodule(stack.block(0))
+    for name, site in list(found.sites.items()):
+        if site.stack != stack.name or site.layer != 0:
+            continue
+        path, why = site.module.removeprefix(base), ""
+        if trace.order.count("") > 1:
+            why = f"a forward pass calls {stack.block(0)} {trace.order.count('')} times: its layers share their weights"
+        elif not site.kind.startswith("resid") and path not in trace.order:
+            why = f"a forward pass never calls {site.module} as a module"
+        elif site.kind == "attn":
+            module = stack.parts.attending[name.split(".")[-2]] + "."
+            last = [each for each in trace.order if each.startswith(module) and linear_shape(block.get_submodule(each))]
+            if last[-1] != path:
+                why = f"{last[-1]} runs after {path}: which is the output projection cannot be told"
+        if why:
+            kind = name.removesuffix(".0")
+            for layer in stack.layers:
+                found.sites.pop(f"{kind}.{layer}", None)
+            found.unlisted[f"{kind}.*"] = why
 
 
 # The residual stream between attention and MLP --------------------------------------------------------
@@ -149,7 +161,8 @@ def _drop_unreached(found: Inspection, stack: Stack, trace: _Trace) -> None:
 def _add_resid_mid(
     root: nn.Module, found: Inspection, stack: Stack, trace: _Trace, inputs: dict[str, Any], key: str
 ) -> None:
-    answer = _middle(root.get_submodule(stack.block(0)), stack, trace)
+    block = root.get_submodule(stack.block(0))
+    answer = _middle(block, stack, trace)
     if isinstance(answer, str):
         found.unlisted[key] = answer
         return
@@ -157,6 +170,8 @@ def _add_resid_mid(
     if where == "input" and not _write_is_seen(root, stack, trace, inputs, path, norm):
         found.unlisted[key] = "the residual and the norm's input are two tensors: a write to one misses the other"
         return
+    norms = {each: _norm_after(block, trace, each, where == "output") for each in stack.parts.attention.values()}
+    norms[stack.parts.output] = norm
     sites: dict[str, Site] = {}
     for name, site in found.sites.items():
         if site.stack == stack.name and site.kind in ("mlp", "gate") and site.layer is not None:
@@ -172,8 +187,10 @@ def _add_resid_mid(
                     tensor="input" if where == "input" else "output",
                     in_place=where == "input",
                 )
-            if norm is not None and site.kind == "mlp":
-                site = replace(site, norm=f"{stack.block(site.layer)}.{norm}")
+        if site.stack == stack.name and site.writes is not None and site.layer is not None:
+            base = stack.block(site.layer) + "."
+            following = norms.get(site.writes.removeprefix(base))
+            site = replace(site, norm=following and base + following)
         sites[name] = site
     found.sites = sites
 
@@ -184,7 +201,7 @@ def _middle(block: nn.Module, stack: Stack, trace: _Trace) -> tuple[str, str, st
     output = stack.parts.output
     if first is None or output not in trace.outputs or "" not in trace.outputs:
         return "a forward pass never calls the MLP's projections"
-    norms = [path for path in trace.order if path and is_norm(block.get_submodule(path)) and path in trace.outputs]
+    norms = _norms(block, trace)
     before = [path for path in norms if trace.order.index(path) < trace.order.index(first)]
     after = [path for path in norms if trace.order.index(path) > trace.order.index(output)]
     written, block_output = trace.outputs[output], trace.outputs[""]
@@ -204,6 +221,19 @@ def _middle(block: nn.Module, stack: Stack, trace: _Trace) -> tuple[str, str, st
         if _same(trace.inputs[path], trace.outputs[last] + written):
             return last, "output", path
     return "the block does not add the MLP's output to what its norm reads (side by side, or another arithmetic)"
+
+
+def _norm_after(block: nn.Module, trace: _Trace, projection: str, normalises_sums: bool) -> str | None:
+    """The norm of what a projection writes: alone, or, in a block that normalises sums, added to the residual."""
+    if projection not in trace.outputs:
+        return None
+    after = [path for path in _norms(block, trace) if trace.order.index(path) > trace.order.index(projection)]
+    written = trace.outputs[projection]
+    return next((path for path in after if normalises_sums or _same(trace.inputs[path], written)), None)
+
+
+def _norms(block: nn.Module, trace: _Trace) -> list[str]:
+    return [path for path in trace.order if path and is_norm(block.get_submodule(path)) and path in trace.outputs]
 
 
 def _write_is_seen(

@@ -1,60 +1,136 @@
-"""Write every activation of a recording to Zarr v3, one group a site, while the pass runs."""
+"""Every activation of a recording in Zarr v3, one group a site: written while the pass runs, read in parts.
+
+Each chunk carries its own checksum, so that a damaged one is noticed when it is read, however large the rest is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
+from patchclamp.errors import DamagedStore
 from patchclamp.recording.batch import Batch
-from patchclamp.recording.recording import zarr_group
 
 # Whole chunks are written once; what does not fill one waits in memory.
 _ROWS = 1024
+_INDEX_ROWS = 1 << 16
+_INDICES = ("example", "position", "token")
+
+
+class StoredActivations(NamedTuple):
+    """Every activation of one site, as arrays on disk, one row per position that counts."""
+
+    values: StoredArray  # [rows, size]
+    example: StoredArray  # [rows] int64
+    position: StoredArray  # [rows] int64
+    token: StoredArray  # [rows] int64; -1 where there are no tokens
+
+
+class StoredArray:
+    """An array on disk that is read in parts: `array[start:stop]` gives numpy.
+
+    Attributes:
+        zarr: the Zarr array itself.
+        shape, dtype, chunks: as those of the Zarr array.
+    """
+
+    def __init__(self, array: Any, find_damage: Callable[[], None]) -> None:
+        self.zarr = array
+        self.shape, self.dtype, self.chunks = array.shape, array.dtype, array.chunks
+        self._find_damage = find_damage
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        """A part of the array.
+
+        Raises:
+            DamagedStore: a chunk is not what was written; the message names the file.
+        """
+        try:
+            return np.asarray(self.zarr[part])
+        except (ValueError, OSError, RuntimeError) as error:
+            self._find_damage()
+            raise DamagedStore(f"{self.zarr.store_path} cannot be read: {error}") from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"StoredArray({list(self.shape)} {self.dtype})"
+
+
+def opened_activations(folder: Path, site: str, find_damage: Callable[[], None] = lambda: None) -> StoredActivations:
+    """The arrays of one site, read only. `find_damage` is called where a chunk cannot be read, to name the file."""
+    import zarr
+
+    group: Any = zarr.open_group(zarr_group(folder, site), mode="r")
+    return StoredActivations(*(StoredArray(group[name], find_damage) for name in ("values", *_INDICES)))
+
+
+def zarr_group(folder: Path, site: str) -> Path:
+    """Where the activations of a site lie inside the folder of all activations."""
+    return folder / quote(site, safe=".-_")
 
 
 class ActivationWriter:
-    """Collects the rows of one site into chunks of 1,024."""
+    """Writes the rows of one site, chunk by chunk."""
 
     def __init__(self, folder: Path, site: str, size: int, dtype: np.dtype) -> None:
         import zarr
+        from zarr.codecs import Crc32cCodec, ZstdCodec
 
         group = zarr.create_group(zarr_group(folder, site))
-        self._arrays: dict[str, Any] = {
-            "values": group.create_array(
-                "values", shape=(0, size), chunks=(_ROWS, size), dtype=dtype, compressors=None
-            ),
-            **{
-                name: group.create_array(name, shape=(0,), chunks=(1 << 16,), dtype="int64")
-                for name in ("example", "position", "token")
-            },
+
+        checksum = Crc32cCodec()
+
+        def column(name: str, rows: int, shape: tuple[int, ...] = (), **options: Any) -> _Column:
+            # A chunk of zeros is written too, and one that is missing does not read as zeros.
+            options["config"] = {"write_empty_chunks": True}
+            return _Column(group.create_array(name, shape=(0, *shape), chunks=(rows, *shape), **options), rows)
+
+        # Activations hardly get smaller by compression; indices do.
+        self._values = column("values", _ROWS, (size,), dtype=dtype, compressors=[checksum], fill_value=np.nan)
+        compressors = [ZstdCodec(), checksum]
+        self._indices = {
+            name: column(name, _INDEX_ROWS, dtype="int64", compressors=compressors, fill_value=-1) for name in _INDICES
         }
-        self._waiting: list[np.ndarray] = []
-        self._rows: dict[str, list[np.ndarray]] = {"example": [], "position": [], "token": []}
 
     def write(self, batch: Batch) -> None:
         """Add the rows of a batch."""
         # A copy: the tensor belongs to the model and may be written over by the next pass.
-        self._waiting.append(batch.values.cpu().numpy().copy())
-        self._rows["example"].append(batch.example.cpu().numpy())
-        self._rows["position"].append(batch.position.cpu().numpy())
-        token = np.full(len(batch), -1) if batch.token is None else batch.token.cpu().numpy()
-        self._rows["token"].append(token)
-        if sum(len(each) for each in self._waiting) >= _ROWS:
-            self._flush(whole=True)
+        self._values.add(batch.values.cpu().numpy().copy())
+        for name, column in self._indices.items():
+            given = getattr(batch, name)
+            column.add(np.full(len(batch), -1) if given is None else given.cpu().numpy())
 
     def close(self) -> None:
         """Write what waits."""
-        self._flush(whole=False)
-        for name, parts in self._rows.items():
-            values = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
-            self._arrays[name].append(values)
+        for column in (self._values, *self._indices.values()):
+            column.flush(whole=False)
 
-    def _flush(self, whole: bool) -> None:
+
+class _Column:
+    """One array on disk, and the rows that wait until they fill a chunk."""
+
+    def __init__(self, array: Any, chunk: int) -> None:
+        self._array, self._chunk = array, chunk
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, rows: np.ndarray) -> None:
+        self._waiting.append(rows)
+        if sum(len(each) for each in self._waiting) >= self._chunk:
+            self.flush(whole=True)
+
+    def flush(self, whole: bool) -> None:
         if not self._waiting:
             return
-        values = np.concatenate(self._waiting)
-        stop = len(values) - len(values) % _ROWS if whole else len(values)
-        self._arrays["values"].append(values[:stop])
-        self._waiting = [values[stop:]] if stop < len(values) else []
+        rows = np.concatenate(self._waiting)
+        stop = len(rows) - len(rows) % self._chunk if whole else len(rows)
+        self._array.append(rows[:stop])
+        self._waiting = [rows[stop:]] if stop < len(rows) else []

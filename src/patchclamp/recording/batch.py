@@ -17,7 +17,7 @@ from patchclamp.errors import DataError
 
 # A block of rows should stay in the processor's cache while several operations read it; a GPU wants large
 # ones. Never above 2^24, so that counts in float32 within one block are exact.
-_BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS = 1 << 20
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 GROUP_ROWS = 32
 

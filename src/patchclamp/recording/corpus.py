@@ -7,11 +7,10 @@ with the corpus, and lengths, frequencies and hashes of all of it are known befo
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +18,9 @@ import torch
 from patchclamp.data import Tensors, Texts
 from patchclamp.errors import DataError
 from patchclamp.model.model import Model
-from patchclamp.model.tokenize import PaddedBatch, TokenReader, pad, require_tokenizer
+from patchclamp.model.tokenize import Encoded, PaddedBatch, TokenReader, pad, require_tokenizer
 from patchclamp.progress import Progress
+from patchclamp.recording.ragged import Ragged
 
 _TEXTS_AT_ONCE = 1000
 
@@ -59,6 +59,7 @@ class TextCorpus:
         counts: `[vocabulary]` int64, how often each token counts.
         truncated: how many texts were cut at `max_length`.
         sha256: hash of texts, labels and targets.
+        tokens_sha256: hash of the token ids that the tokenizer made of them.
     """
 
     def __init__(self, model: Model, reader: TokenReader, data: Texts, special_tokens: bool) -> None:
@@ -68,9 +69,10 @@ class TextCorpus:
         self.lengths = np.zeros(0, np.int64)
         self.counts = np.zeros(0, np.int64)
         self.truncated = 0
-        self.sha256 = ""
-        self._ids = _Ragged()
-        self._targets: _Ragged | None = None
+        self.sha256 = self.tokens_sha256 = ""
+        self._widths = self.lengths
+        self._ids = Ragged()
+        self._targets: Ragged | None = None
 
     @property
     def examples(self) -> int:
@@ -106,10 +108,10 @@ class TextCorpus:
         A single longer text makes a batch of its own.
         """
         chosen = np.arange(self.examples) if of is None else np.asarray(of)
-        order = chosen[np.lexsort((chosen, -self.lengths[chosen]))]
+        order = chosen[np.lexsort((chosen, -self._widths[chosen]))]
         batches, start = [], 0
         while start < len(order):
-            width = max(int(self.lengths[order[start]]), 1)
+            width = max(int(self._widths[order[start]]), 1)
             stop = start + max(1, batch_tokens // width)
             batches.append(order[start:stop])
             start = stop
@@ -124,23 +126,28 @@ class TextCorpus:
             counted[batch.mask] = torch.from_numpy(np.concatenate(stored) >= 0)
         decoder = decoder_rows = None
         if self.model.is_encoder_decoder:
-            targets = batch if self._targets is None else self._target_batch(examples)
-            decoder = self.model.shifted(targets)
-            # The start token is nobody's text.
-            decoder_counted = decoder.mask & ((decoder.position > 0) | self.special_tokens)
-            decoder_rows = _rows(decoder, decoder_counted, examples)
+            decoder, decoder_rows = self._decoder(batch, stored, examples)
         rows = _rows(batch, counted, examples)
         return Forward((), self.model.text_inputs(batch, decoder), examples, rows, decoder_rows, len(rows.example))
 
     def sample(self, tokens: int, seed: int) -> np.ndarray:
-        """Ids of examples drawn at random until they hold that many tokens, in ascending order."""
+        """Ids of examples drawn at random that hold at most so many tokens, but of one at least; ascending."""
         order = np.random.default_rng(seed).permutation(self.examples)
-        enough = int(np.searchsorted(np.cumsum(self.lengths[order]), tokens)) + 1
-        return np.sort(order[:enough])
+        enough = int(np.searchsorted(np.cumsum(self.lengths[order]), tokens, side="right"))
+        return np.sort(order[: max(enough, 1)])
 
-    def _target_batch(self, examples: np.ndarray) -> PaddedBatch:
-        assert self._targets is not None
-        return pad([_plain(self._targets[int(each)]) for each in examples], self.reader.pad_id)
+    def _decoder(self, batch: PaddedBatch, stored: list[np.ndarray], examples: np.ndarray) -> tuple[PaddedBatch, Rows]:
+        """What the decoder reads of the batch: the targets (by default the texts), shifted by the start token."""
+        if self._targets is not None:
+            stored = [self._targets[int(example)] for example in examples]
+            batch = pad([_plain(each) for each in stored], self.reader.pad_id)
+        decoder = self.model.shifted(batch)
+        counted = decoder.mask.clone()
+        if not self.special_tokens:
+            # The start token is nobody's text.
+            flags = [np.concatenate([[False], each[:-1] >= 0]) for each in stored]
+            counted[decoder.mask] = torch.from_numpy(np.concatenate(flags))
+        return decoder, _rows(decoder, counted, examples)
 
 
 class TensorCorpus:
@@ -164,7 +171,7 @@ class TensorCorpus:
         ids = data.values.reshape(-1).cpu().numpy() if self._is_ids else np.zeros(0, np.int64)
         self.counts = np.bincount(ids[ids >= 0]).astype(np.int64) if self._is_ids else np.zeros(0, np.int64)
         self.tokens = int(self.lengths.sum()) if data.values.ndim == 2 else self.examples
-        self.sha256 = _hash_of_tensors(data, self.codes)
+        self.sha256 = self.tokens_sha256 = _hash_of_tensors(data, self.codes)
 
     most_frequent = TextCorpus.most_frequent
     sample = TextCorpus.sample
@@ -222,11 +229,9 @@ def tokenize(
     for chunk in _chunks(data, _TEXTS_AT_ONCE):
         first = len(corpus._ids)
         for offset, encoded in enumerate(reader.encode([each.text for each in chunk], max_length)):
-            if not encoded.ids or (all(encoded.special) and not special_tokens):
-                text = chunk[offset].text
-                shown = repr(text if len(text) <= 60 else text[:60] + "...")
-                raise DataError(f"text {first + offset} of {data.name} has no tokens: {shown}")
-            corpus._ids.append(np.where(encoded.special, -1 - np.asarray(encoded.ids), encoded.ids))
+            where = f"text {first + offset} of {data.name}"
+            _check_tokens(encoded, chunk[offset].text, where, max_length, special_tokens)
+            corpus._ids.append(_stored(encoded))
             corpus.truncated += encoded.truncated
         _encode_targets(corpus, chunk, reader, max_length, first)
         for each in chunk:
@@ -239,15 +244,29 @@ def tokenize(
             codes.add(each.labels)
         if bar is not None:
             bar.advance(len(chunk))
-    corpus.lengths = corpus._ids.finish()
+    corpus.lengths = corpus._widths = corpus._ids.finish()
+    corpus.tokens_sha256 = corpus._ids.sha256
     if corpus._targets is not None:
-        corpus._targets.finish()
+        corpus._widths = np.maximum(corpus.lengths, corpus._targets.finish())
+        corpus.tokens_sha256 += corpus._targets.sha256
     if not corpus.examples:
         raise DataError(f"no examples in {data.name}")
     corpus.codes = codes.arrays()
     corpus.counts = _count(corpus, reader)
     corpus.sha256 = digest.hexdigest()
     return corpus
+
+
+def _check_tokens(encoded: Encoded, text: str, where: str, max_length: int | None, special_tokens: bool) -> None:
+    empty = not encoded.ids or (all(encoded.special) and not special_tokens)
+    # A tokenizer that has no room for its own special tokens cuts nothing at all.
+    if max_length is not None and (len(encoded.ids) > max_length or (empty and encoded.truncated)):
+        raise DataError(
+            f"max_length={max_length} leaves no room for {where}: "
+            f"the tokenizer adds {sum(encoded.special)} special tokens"
+        )
+    if empty:
+        raise DataError(f"{where} has no tokens: {text if len(text) <= 60 else text[:60] + '...'!r}")
 
 
 def _encode_targets(
@@ -257,11 +276,11 @@ def _encode_targets(
     if all(target is None for target in given):
         return
     if corpus._targets is None:
-        corpus._targets = _Ragged()
+        corpus._targets = Ragged()
     for offset, encoded in enumerate(reader.encode([target or "" for target in given], max_length)):
         if not encoded.ids:
             raise DataError(f"target {first + offset} of {corpus.name} has no tokens")
-        corpus._targets.append(np.asarray(encoded.ids))
+        corpus._targets.append(_stored(encoded))
 
 
 def _rows(batch: PaddedBatch, counted: torch.Tensor, examples: np.ndarray) -> Rows:
@@ -278,8 +297,12 @@ def _rows(batch: PaddedBatch, counted: torch.Tensor, examples: np.ndarray) -> Ro
     )
 
 
-def _plain(stored: np.ndarray) -> np.ndarray:
+def _stored(encoded: Encoded) -> np.ndarray:
     # Special tokens are stored as -1 - id.
+    return np.where(encoded.special, -1 - np.asarray(encoded.ids), encoded.ids)
+
+
+def _plain(stored: np.ndarray) -> np.ndarray:
     return np.where(stored < 0, -1 - stored, stored).astype(np.int64)
 
 
@@ -333,38 +356,3 @@ def _hash_of_tensors(data: Tensors, codes: Mapping[str, np.ndarray]) -> str:
         _feed(digest, name, *data.labels[name])
         digest.update(codes[name].tobytes())
     return digest.hexdigest()
-
-
-class _Ragged:
-    """Integer sequences of different lengths in a temporary file that goes with this object."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="patchclamp-")  # noqa: SIM115 - lives with the object
-        self._lengths: list[int] = []
-        self._ends = np.zeros(0, np.int64)
-        self._values = np.zeros(0, np.int32)
-
-    def append(self, sequence: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(sequence, np.int32).tobytes())
-        self._lengths.append(len(sequence))
-
-    def finish(self) -> np.ndarray:
-        """Lengths of all sequences; from now on they can be read."""
-        self._file.flush()
-        lengths = np.asarray(self._lengths, np.int64)
-        self._ends = np.cumsum(lengths)
-        if len(lengths) and self._ends[-1]:
-            self._values = np.memmap(self._file, np.int32, mode="r")
-        self._lengths = []
-        return lengths
-
-    def __len__(self) -> int:
-        return len(self._lengths) or len(self._ends)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = int(self._ends[index - 1]) if index else 0
-        return np.asarray(self._values[start : int(self._ends[index])])
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self._values), 1 << 20):
-            yield np.asarray(self._values[start : start + (1 << 20)])

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -18,19 +18,11 @@ import torch
 from patchclamp.errors import DamagedStore, DataError, PatchclampError, UnknownName, unknown
 from patchclamp.model.site import Site
 from patchclamp.neurons import Neurons
-from patchclamp.recording.batch import Batch, Setting
-from patchclamp.recording.summaries.summary import Summary
+from patchclamp.recording.activation_store import StoredActivations, opened_activations
+from patchclamp.recording.batch import Batch, Calibration, Setting
+from patchclamp.recording.summaries import ByLabel, Summary
 from patchclamp.recording.windows import Window, Windows
 from patchclamp.storage import new_folder, read_manifest, verify_files, write_manifest
-
-
-class StoredActivations(NamedTuple):
-    """Every activation of one site, as Zarr arrays on disk, one row per position that counts."""
-
-    values: Any  # [rows, size]
-    example: Any  # [rows] int64
-    position: Any  # [rows] int64
-    token: Any  # [rows] int64; -1 where there are no tokens
 
 
 class UnknownSummary(UnknownName, AttributeError):
@@ -78,6 +70,7 @@ class Recording:
         windows: the text around every position that the recording shows; what a decoder read is under "decoder".
         labels_of_examples: example -> label -> category, for the examples that the recording shows.
         path: the folder it was read from or written to, or None.
+        activations_folder: the folder of the Zarr arrays, one group a site; None where they were not kept.
     """
 
     by_site: dict[str, SiteRecording]
@@ -87,8 +80,9 @@ class Recording:
     windows: dict[str, Windows]
     labels_of_examples: dict[int, dict[str, str]]
     path: Path | None = None
-    # Keeps a temporary folder with activations alive as long as the recording.
-    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    activations_folder: Path | None = None
+    # Keeps a temporary folder with activations as long as the recording lives.
+    temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     def __getitem__(self, site: str | Site) -> SiteRecording:
         name = site.name if isinstance(site, Site) else site
@@ -134,25 +128,25 @@ class Recording:
     def with_tokens_permuted(self, seed: int = 0) -> Recording:
         """The null recording: the same activations, each row paired with the token of another row drawn at random.
 
-        Only summaries that look at tokens change. Needs `activations=True` when recording.
+        Only summaries that look at tokens change. Needs `activations=True` when recording; the null recording
+        keeps no activations itself, and says `tokens_permuted` among the parameters in `facts`.
 
         Raises:
-            DataError: the activations were not kept.
+            DataError: the activations were not kept, or a summary wants tokens and labels together.
         """
         permuted: dict[str, SiteRecording] = {}
         for name, each in self.by_site.items():
             if each.activations is None:
                 raise DataError("pairing activations with tokens anew needs them: record(..., activations=True)")
-            permuted[name] = _permuted(each, self.labels, seed)
+            permuted[name] = _permuted(each, each.activations, seed)
+        parameters = self.facts["parameters"] | {"activations": False, "tokens_permuted": seed}
         return Recording(
             permuted,
-            self.facts,
+            self.facts | {"parameters": parameters},
             self.labels,
             self.vocabulary,
             self.windows,
             self.labels_of_examples,
-            None,
-            self._folder,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -165,7 +159,7 @@ class Recording:
         """
         with new_folder(path, "recording") as folder:
             self._write(folder)
-        self.path = Path(path)
+        self.path = Path(path).expanduser().absolute()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Recording:
@@ -173,19 +167,18 @@ class Recording:
 
         Raises:
             StoreError: there is none, or it is of a newer format.
-            DamagedStore: a file is missing or altered; the message names it. Zarr chunks are checked by
-                presence here, and by Zarr when read.
+            DamagedStore: a file is missing or altered; the message names it. Of the chunks of activations,
+                which may be many, only the presence is checked here, and the content when it is read.
+            UnknownName: it holds a summary of the user's own, whose class has not been imported.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser().absolute()
         manifest = read_manifest(folder, "recording")
-        verify_files(folder, manifest, skip=("activations/",))
+        verify_files(folder, manifest, skip=_is_chunk)
         try:
             return _opened(folder, manifest)
-        except PatchclampError as error:
-            if isinstance(error, DamagedStore):
-                raise
-            raise DamagedStore(f"{folder} cannot be read: {error}") from error
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (DamagedStore, UnknownName):
+            raise
+        except (PatchclampError, KeyError, TypeError, ValueError, OSError) as error:
             raise DamagedStore(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
     def __repr__(self) -> str:
@@ -221,7 +214,7 @@ class Recording:
             | {name: [labels[name] for _, labels in shown] for name in self.labels},
             schema={"example": pl.Int64} | dict.fromkeys(self.labels, pl.String),
         ).write_parquet(folder / "examples.parquet")
-        if any(each.activations is not None for each in self.by_site.values()):
+        if self.activations_folder is not None:
             shutil.copytree(self.activations_folder, folder / "activations")
         write_manifest(folder, "recording", self._manifest())
 
@@ -240,39 +233,17 @@ class Recording:
                 for name, each in self.by_site.items()
             },
             "summaries": {name: each.parameters() for name, each in first.summaries.items()},
-            "activations": first.activations is not None,
+            "activations": self.activations_folder is not None,
             "windows": list(self.windows),
         }
-
-    @property
-    def activations_folder(self) -> Path:
-        """Folder of the Zarr arrays, one group a site.
-
-        Raises:
-            DataError: the activations were not kept.
-        """
-        if self._folder is not None:
-            return Path(self._folder.name)
-        if self.path is not None and (self.path / "activations").is_dir():
-            return self.path / "activations"
-        raise DataError("this recording keeps no activations: record(..., activations=True)")
-
-
-def zarr_group(folder: Path, site: str) -> Path:
-    """Where the activations of a site lie inside the folder of all activations."""
-    return folder / quote(site, safe=".-_")
-
-
-def opened_activations(folder: Path, site: str) -> StoredActivations:
-    """The Zarr arrays of one site, read only."""
-    import zarr
-
-    group = zarr.open_group(zarr_group(folder, site), mode="r")
-    return StoredActivations(group["values"], group["example"], group["position"], group["token"])
 
 
 def _file_name(site: str) -> str:
     return quote(site, safe=".-_") + ".safetensors"
+
+
+def _is_chunk(file: str) -> bool:
+    return file.startswith("activations/") and not file.endswith("zarr.json")
 
 
 def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
@@ -290,7 +261,9 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
             states.setdefault(summary, {})[inner] = array
         setting = Setting(name, site.size or 0, labels=labels, tokens=states.get("by_token", {}).get("tokens"))
         summaries = {each: templates[each].reopen(setting, states.get(each, {})) for each in stored["summaries"]}
-        kept = opened_activations(folder / "activations", name) if manifest["activations"] else None
+        kept = None
+        if manifest["activations"]:
+            kept = opened_activations(folder / "activations", name, lambda: verify_files(folder, manifest))
         by_site[name] = SiteRecording(site, stored["count"], stored["nonfinite"], summaries, kept)
     vocabulary = pl.read_parquet(folder / "vocabulary.parquet")
     shown = pl.read_parquet(folder / "examples.parquet")
@@ -307,6 +280,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
         },
         of_examples,
         folder,
+        folder / "activations" if manifest["activations"] else None,
     )
 
 
@@ -323,36 +297,38 @@ def _simple_columns(name: str, each: SiteRecording) -> pl.DataFrame:
     return pl.DataFrame(columns, schema_overrides={"index": pl.Int64})
 
 
-def _permuted(each: SiteRecording, labels: Mapping[str, tuple[str, ...]], seed: int) -> SiteRecording:
-    stored = each.activations
-    assert stored is not None
-    tokens = np.asarray(stored.token[:])
+def _permuted(each: SiteRecording, stored: StoredActivations, seed: int) -> SiteRecording:
+    tokens = stored.token[:]
     tokens = tokens[np.random.default_rng(seed).permutation(len(tokens))]
-    example, position = np.asarray(stored.example[:]), np.asarray(stored.position[:])
-    setting = Setting(each.site.name, each.site.size or 0, labels=labels)
-    renewed = {
-        name: summary.reopen(setting, _emptied(summary.state()))
-        for name, summary in each.summaries.items()
-        if summary.needs_tokens
-    }
+    example, position = stored.example[:], stored.position[:]
+    renewed = {name: _emptied(summary) for name, summary in each.summaries.items() if summary.needs_tokens}
     rows = stored.values.chunks[0]
-    for start in range(0, len(tokens), rows):
+    for start in range(0, len(tokens) if renewed else 0, rows):
         part = slice(start, start + rows)
-        values = torch.from_numpy(np.asarray(stored.values[part]))
-        finite = torch.isfinite(values).all(1)
+        values = torch.from_numpy(stored.values[part])
         batch = Batch(
             values,
             torch.from_numpy(example[part]),
             torch.from_numpy(position[part]),
             torch.from_numpy(tokens[part]),
         )
+        finite = torch.isfinite(values).all(1)
         batch = batch if bool(finite.all()) else batch.select(finite)
         for summary in renewed.values():
             summary.update(batch)
-    return SiteRecording(each.site, each.count, each.nonfinite, each.summaries | renewed, each.activations)
+    return SiteRecording(each.site, each.count, each.nonfinite, each.summaries | renewed)
 
 
-def _emptied(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    # What a summary was set to stays (which tokens, which thresholds); what it counted starts again.
-    fixed = ("tokens", "threshold", "thresholds")
-    return {name: array if name in fixed else np.zeros_like(array) for name, array in state.items()}
+def _emptied(summary: Summary) -> Summary:
+    """A fresh accumulator with the tokens and thresholds of this one."""
+    if isinstance(summary, ByLabel):
+        raise DataError(
+            f"{summary!r} cannot be paired with tokens anew: a recording does not keep the labels of all examples"
+        )
+    state = summary.state()
+    zeros = np.zeros(summary.size, np.float32)
+    setting = Setting(
+        summary.site, summary.size, tokens=state.get("tokens"), calibration=Calibration(zeros, lambda _: zeros)
+    )
+    fixed = {name: state[name] for name in summary.agree}
+    return summary.reopen(setting, summary.start(setting).state() | fixed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from patchclamp.errors import DataError, ModelError
+from patchclamp.errors import ModelError
 from patchclamp.model.hooks import reading
 from patchclamp.model.model import Model, joined
 from patchclamp.model.signature import accepts
@@ -28,21 +28,19 @@ class Read:
 def stream(model: Model, corpus: Corpus, sites: Sequence[Site], batches: Sequence[np.ndarray]) -> Iterator[Read]:
     """One `Read` per batch of examples. A batch is given only when all its sites have been read.
 
+    Hooks and evaluation mode last for one forward pass: whatever becomes of the caller, none is left behind.
+
     Raises:
         SiteNotReached: a forward pass never called a site's module.
         ModelError: a site's tensor cannot be matched with the positions of the batch.
     """
     quiet = {"use_cache": False} if accepts(model.module, "use_cache") else {}
-    with model.evaluating(), torch.no_grad(), reading(model.module, sites) as captured:
-        for examples in batches:
-            forward = corpus.forward(examples)
+    for examples in batches:
+        forward = corpus.forward(examples)
+        with model.evaluating(), torch.no_grad(), reading(model.module, sites) as captured:
             model.module(*forward.arguments, **forward.keywords, **quiet)
-            read = {}
-            for site in sites:
-                tensor = joined(site, captured[site.name])
-                captured[site.name].clear()
-                read[site.name] = _batch(site, tensor, forward, corpus.codes)
-            yield Read(read, forward.tokens)
+        read = {site.name: _batch(site, captured.pop(site.name), forward, corpus.codes) for site in sites}
+        yield Read(read, forward.tokens)
 
 
 def finite_rows(batch: Batch) -> tuple[Batch, dict[str, int]]:
@@ -61,11 +59,13 @@ def finite_rows(batch: Batch) -> tuple[Batch, dict[str, int]]:
     return batch.select(finite), found
 
 
-def _batch(site: Site, tensor: torch.Tensor, forward: Forward, codes: Mapping[str, np.ndarray]) -> Batch:
+def _batch(site: Site, tensors: list[torch.Tensor], forward: Forward, codes: Mapping[str, np.ndarray]) -> Batch:
+    of_stack = forward.decoder_rows if site.stack == "decoder" else forward.rows
+    tensor = _whole(site, tensors, of_stack)
+    rows = of_stack if _is_of_tokens(site, tensor, of_stack, len(forward.examples)) else None
     if not tensor.is_floating_point():
         tensor = tensor.float()
     number = len(forward.examples)
-    rows = _rows_of(site, tensor, forward)
     values = tensor.reshape(-1, tensor.shape[-1])
     if rows is None:
         per_example = values.shape[0] // number
@@ -91,32 +91,34 @@ def _batch(site: Site, tensor: torch.Tensor, forward: Forward, codes: Mapping[st
     )
 
 
-def _rows_of(site: Site, tensor: torch.Tensor, forward: Forward) -> Rows | None:
-    """The rows of the tokens, or None where each example gives as many rows as the tensor says."""
-    number = len(forward.examples)
-    rows = forward.decoder_rows if site.stack == "decoder" else forward.rows
-    if tensor.ndim < 2 or tensor.ndim > 3:
+def _whole(site: Site, tensors: Sequence[torch.Tensor], rows: Rows | None) -> torch.Tensor:
+    """The tensor of one pass; a block that computes its MLP in pieces along the sequence gives several."""
+    if len(tensors) > 1:
+        examples, length = (0, 0) if rows is None else rows.shape
+        pieces = all(each.ndim == 3 and each.shape[0] == examples for each in tensors)
+        if not pieces or sum(each.shape[1] for each in tensors) != length:
+            raise ModelError(
+                f"{site.name}: one forward pass calls the module {site.module} {len(tensors)} times, and not with "
+                "pieces of the sequence: which call is meant cannot be said"
+            )
+    return joined(site, tensors)
+
+
+def _is_of_tokens(site: Site, tensor: torch.Tensor, rows: Rows | None, examples: int) -> bool:
+    """Whether the tensor has a row for each token; if not, each example has as many rows as the tensor says."""
+    shape = list(tensor.shape)
+    if tensor.ndim not in (2, 3) or not tensor.numel():
         raise ModelError(
-            f"{site.name} gives a tensor {list(tensor.shape)}; [examples, positions, neurons], [positions, neurons] "
+            f"{site.name} gives a tensor {shape}; [examples, positions, neurons], [positions, neurons] "
             "or [examples, neurons] can be recorded"
         )
-    leading = tensor.numel() // tensor.shape[-1] if tensor.shape[-1] else 0
-    if rows is not None and leading == rows.shape[0] * rows.shape[1]:
-        return rows
-    if leading % number or (tensor.ndim == 3 and tensor.shape[0] != number):
+    if rows is not None and shape[:-1] in (list(rows.shape), [rows.shape[0] * rows.shape[1]]):
+        return True
+    if shape[0] % examples or (tensor.ndim == 3 and shape[0] != examples):
+        raise ModelError(f"{site.name} gives a tensor {shape} for {examples} examples: which rows are whose?")
+    if rows is not None and shape[:-1] != [examples] and site.stack not in ("vision", "visual", "image"):
         raise ModelError(
-            f"{site.name} gives a tensor {list(tensor.shape)} for {number} examples: which rows are whose?"
-        )
-    if rows is not None and tensor.ndim == 3 and site.stack not in ("vision", "visual", "image"):
-        raise ModelError(
-            f"{site.name} gives {tensor.shape[1]} positions where the batch has {rows.shape[1]} tokens: "
+            f"{site.name} gives a tensor {shape} where the batch has {examples} examples of {rows.shape[1]} tokens: "
             "which is which cannot be said"
         )
-    return None
-
-
-def check_labels(corpus: Corpus) -> None:
-    """A corpus whose labels do not cover its examples cannot be recorded."""
-    for name, codes in corpus.codes.items():
-        if len(codes) != corpus.examples:
-            raise DataError(f"label {name!r} has {len(codes)} values for {corpus.examples} examples")
+    return False

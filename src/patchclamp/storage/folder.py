@@ -1,4 +1,4 @@
-"""A store is a folder with a `manifest.json` that lists every other file with its SHA-256.
+"""A store is a folder with a `manifest.json` that lists every other file with its SHA-256, and has its own.
 
 It is written into a temporary folder beside its final place and renamed when it is whole, so
 that a crash leaves either the old store or the new one, never half of one.
@@ -6,11 +6,12 @@ that a crash leaves either the old store or the new one, never half of one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from patchclamp.storage.hashing import sha256_of_file
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"
 
 
 @contextmanager
@@ -34,17 +36,32 @@ def new_folder(path: str | os.PathLike[str], kind: str, replace: bool = True) ->
     """
     target = Path(path).expanduser().absolute()
     _refuse_to_overwrite(target, kind, replace)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise StoreError(f"cannot write {target}: {error.strerror or error} ({target.parent})") from error
-    try:
+    with temporary_folder(target) as work:
         yield work
         _open_to_others(work)
         _swap(work, target, kind, replace)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, for as long as the block runs; parents made for it stay if `target` is there then.
+
+    Raises:
+        StoreError: nothing can be written there.
+    """
+    made = []
+    try:
+        made = [each for each in target.parents if not each.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise StoreError(f"cannot write {target}: {error.strerror or error} ({target.parent})") from error
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _remove_empty(made)
 
 
 def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +77,7 @@ def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> dict[
     }
     files = sorted(each for each in folder.rglob("*") if each.is_file() and each != folder / _MANIFEST)
     manifest["files"] = {each.relative_to(folder).as_posix(): sha256_of_file(each) for each in files}
+    manifest[_SEAL] = _seal(manifest)
     temporary = folder / (_MANIFEST + ".part")
     temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     os.replace(temporary, folder / _MANIFEST)
@@ -71,7 +89,7 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
     Raises:
         StoreError: nothing is there, or it is another kind of folder or of a newer format.
-        DamagedStore: the manifest itself cannot be read.
+        DamagedStore: the manifest itself cannot be read, or was altered.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -91,11 +109,15 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise StoreError(
             f"{folder} has format version {version!r}; this patchclamp reads up to {FORMAT_VERSION}: update it"
         )
+    if manifest.get(_SEAL) != _seal(manifest):
+        raise DamagedStore(f"{file} is damaged: its content is not what was written (checksum differs)")
     return manifest
 
 
-def verify_files(path: str | os.PathLike[str], manifest: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
-    """Compare every file that the manifest lists with its SHA-256; names beginning with one of `skip` only exist.
+def verify_files(
+    path: str | os.PathLike[str], manifest: Mapping[str, Any], skip: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Compare every file that the manifest lists with its SHA-256; those that `skip` names only have to exist.
 
     Raises:
         DamagedStore: a file is missing, altered, or outside the folder; the message names it.
@@ -110,7 +132,7 @@ def verify_files(path: str | os.PathLike[str], manifest: Mapping[str, Any], skip
             raise DamagedStore(f"{folder / _MANIFEST} names a file outside the folder: {name}")
         if not file.is_file():
             raise DamagedStore(f"{folder / name} is missing")
-        if name.startswith(skip):
+        if skip(name):
             continue
         try:
             found = sha256_of_file(file)
@@ -118,6 +140,21 @@ def verify_files(path: str | os.PathLike[str], manifest: Mapping[str, Any], skip
             raise DamagedStore(f"{folder / name} cannot be read: {error.strerror or error}") from error
         if found != expected:
             raise DamagedStore(f"{folder / name} is damaged: its content is not what was written (checksum differs)")
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's content, however it is written, without the seal itself."""
+    # There and back, because a tuple or a number as a key is another thing after reading.
+    content = json.loads(json.dumps({key: value for key, value in manifest.items() if key != _SEAL}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _open_to_others(work: Path) -> None:
@@ -129,7 +166,11 @@ def _open_to_others(work: Path) -> None:
 
 
 def _refuse_to_overwrite(target: Path, kind: str, replace: bool) -> None:
-    if not target.exists():
+    try:
+        there = target.exists()
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
+    if not there:
         return
     if not target.is_dir():
         raise StoreError(f"cannot write {target}: a file is there already")

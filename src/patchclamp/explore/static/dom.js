@@ -30,10 +30,28 @@ export function section(title, ...children) {
   return element("section", {}, element("h2", {}, title), ...children);
 }
 
+// A small table in a box that scrolls. The first cell of a row names it; a cell is a text, an element to
+// put into one, or a cell already. `kinds` are the classes of the columns.
+export function smallTable(name, heads, rows, kinds = heads.map((_, place) => (place ? "figure" : "words"))) {
+  const row = (cells) => cells.map((cell, place) => {
+    if (cell instanceof HTMLTableCellElement) return cell;
+    return element(place ? "td" : "th", { class: kinds[place], scope: place ? null : "row" }, cell);
+  });
+  const head = heads.map((title, place) => element("th", { class: kinds[place], scope: "col" }, title));
+  return element("div", { class: "scroll" }, element(
+    "table", { class: `small ${name}` },
+    element("thead", {}, element("tr", {}, head)),
+    element("tbody", {}, rows.map((cells) => element("tr", {}, row(cells)))),
+  ));
+}
+
 // Characters without a shape of their own, and marks that turn or hide the text around them. They are
 // written out (\x1b, \u202e), as the terminal card does, so that what one reads is what is there.
 // Spaces, line breaks and tabs stay; so do joiners, which emoji and several scripts are written with.
-const STEERING = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/;
+const STEERING = new RegExp(
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b\\u200e\\u200f" +
+    "\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]",
+);
 
 function code(character) {
   const number = character.codePointAt(0);

@@ -4,7 +4,7 @@
 // is logarithmic on both sides of it. Heights are logarithmic too, or the few strong firings that
 // matter would not show beside the many weak ones.
 
-import { drawing, element } from "./dom.js";
+import { drawing, element, smallTable } from "./dom.js";
 import { number, plural } from "./words.js";
 
 const WIDTH = 520, HEIGHT = 210, LEFT = 44, RIGHT = 8, TOP = 22, BOTTOM = 26;
@@ -28,9 +28,12 @@ export function histogram(bins, facts) {
   );
   return element(
     "figure", {}, chart,
-    element("figcaption", { class: "quiet" }, "Both axes are logarithmic. ",
-      element("span", { class: "legend" }, element("span", { class: "key strong" }), " strong ", element("span", { class: "key" }), " weaker")),
-    element("details", {}, element("summary", {}, "The counts as numbers"), numbers(known)),
+    element(
+      "figcaption", { class: "quiet" }, "Both axes are logarithmic.",
+      element("span", { class: "legend" }, element("span", { class: "key strong" }), " strong"),
+      element("span", { class: "legend" }, element("span", { class: "key" }), " weaker"),
+    ),
+    element("details", { class: "tall" }, element("summary", {}, "The counts as numbers"), numbers(known)),
   );
 }
 
@@ -43,7 +46,10 @@ function bar(bin, place, x, y, step, threshold) {
     drawing("title", {}, `${range(bin)}: ${plural(bin.count, "token")}`),
     // The whole height answers to the pointer, else a low bar could not be hit.
     drawing("rect", { class: "reach", x: x(place), y: TOP, width: step, height: HEIGHT - TOP - BOTTOM }),
-    drawing("rect", { class: isStrong ? "column strong" : "column", x: x(place) + gap / 2, y: top, width: step - gap, height: HEIGHT - BOTTOM - top }),
+    drawing("rect", {
+      class: isStrong ? "column strong" : "column",
+      x: x(place) + gap / 2, y: top, width: step - gap, height: HEIGHT - BOTTOM - top,
+    }),
   );
 }
 
@@ -75,11 +81,11 @@ function ticks(bins, x) {
 function mark(bins, threshold, x) {
   const place = typeof threshold === "number" ? placeOf(bins, threshold) : null;
   if (place === null) return null;
-  const isRight = x(place) > WIDTH * 0.6;
+  const [side, anchor] = x(place) > WIDTH * 0.6 ? [-6, "end"] : [6, "start"];
   return drawing(
     "g", { class: "threshold", "data-threshold": threshold },
     drawing("line", { x1: x(place), x2: x(place), y1: TOP - 6, y2: HEIGHT - BOTTOM }),
-    drawing("text", { x: x(place) + (isRight ? -6 : 6), y: TOP - 8, "text-anchor": isRight ? "end" : "start" }, `strong above ${number(threshold)}`),
+    drawing("text", { x: x(place) + side, y: TOP - 8, "text-anchor": anchor }, `strong above ${number(threshold)}`),
   );
 }
 
@@ -92,12 +98,9 @@ function placeOf(bins, value) {
 }
 
 function numbers(bins) {
-  const rows = bins.filter((bin) => bin.count).map((bin) =>
-    element("tr", {}, element("td", { class: "figure" }, number(written(bin.low))), element("td", { class: "figure" }, number(written(bin.high))), element("td", { class: "figure" }, number(bin.count))));
-  const heads = ["From", "To below", "Tokens"];
-  return element("div", { class: "scroll tall" }, element(
-    "table", { class: "small" }, element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col", class: "figure" }, head)))), element("tbody", {}, rows),
-  ));
+  const filled = bins.filter((bin) => bin.count);
+  const rows = filled.map((bin) => [number(written(bin.low)), number(written(bin.high)), number(bin.count)]);
+  return smallTable("", ["From", "To below", "Tokens"], rows, ["figure", "figure", "figure"]);
 }
 
 const written = (value) => (Number.isFinite(value) ? value : String(value));

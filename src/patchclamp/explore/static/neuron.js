@@ -1,7 +1,7 @@
 // The page of one neuron.
 
 import { ask, pageOf } from "./api.js";
-import { element, loneToken, plain, section } from "./dom.js";
+import { element, loneToken, notice, plain, section, smallTable } from "./dom.js";
 import { histogram } from "./histogram.js";
 import { number, plural, share, written } from "./words.js";
 
@@ -14,12 +14,15 @@ export async function showNeuron(main, about, name) {
   try {
     neuron = await ask(`/api/neurons/${encodeURIComponent(name)}`);
   } catch (error) {
-    main.replaceChildren(element("nav", { class: "steps" }, back), element("p", { class: "notice", role: "alert" }, error.message));
+    main.replaceChildren(element("nav", { class: "steps" }, back), notice(error.message));
     return;
   }
   document.title = plain(`${neuron.neuron} · ${about.model.name} · patchclamp`);
   main.replaceChildren(
-    element("nav", { class: "steps", "aria-label": "Neurons" }, back, step(neuron.previous, "previous"), step(neuron.next, "next")),
+    element(
+      "nav", { class: "steps", "aria-label": "Neurons" },
+      back, step(neuron.previous, "previous"), step(neuron.next, "next"),
+    ),
     ...heading(neuron, about),
     element(
       "div", { class: "columns" },
@@ -30,8 +33,9 @@ export async function showNeuron(main, about, name) {
 }
 
 function step(neuron, which) {
-  const words = which === "previous" ? `‹ ${neuron}` : `${neuron} ›`;
-  return neuron ? element("a", { href: pageOf(neuron), class: which, rel: which === "next" ? "next" : "prev", title: `The ${which} neuron of this site` }, words) : null;
+  if (!neuron) return null;
+  const title = `The ${which} neuron of this site`;
+  return element("a", { href: pageOf(neuron), class: which, title }, which === "previous" ? `‹ ${neuron}` : `${neuron} ›`);
 }
 
 function heading(neuron, about) {
@@ -55,7 +59,8 @@ function examples(neuron) {
     "Strongest examples",
     element(
       "p", { class: "quiet" }, "The deeper the colour, the higher its activation; the peak is underlined. ",
-      "Rest the pointer on a token to see its value. ", element("span", { class: "scale", "aria-hidden": "true" }, "0", element("i"), "peak"),
+      "Rest the pointer on a token to see its value. ",
+      element("span", { class: "scale", "aria-hidden": "true" }, "0", element("i"), "peak"),
     ),
     element("ol", { class: "examples" }, neuron.examples.map(example)),
   );
@@ -65,7 +70,8 @@ function example(row) {
   const labels = Object.entries(row.labels).map(([label, value]) => `${label}: ${value}`);
   const where = [`example ${row.example}`, `position ${row.position}`, ...labels].join(" · ");
   const strongest = Math.max(...row.values.filter((value) => typeof value === "number"), 0);
-  const text = row.tokens.flatMap((token, place) => shaded(token, row.values[place], strongest, place === row.position - row.start, place === 0));
+  const peak = row.position - row.start;
+  const text = row.tokens.flatMap((token, place) => shaded(token, row.values[place], strongest, place === peak, !place));
   return element(
     "li", { "data-rank": row.rank },
     element("span", { class: "value", title: String(row.value) }, number(row.value)),
@@ -94,22 +100,11 @@ function triggers(neuron) {
   const title = "Tokens that trigger it";
   if (!neuron.tokens.length) return section(title, element("p", { class: "quiet" }, "None."));
   const heads = ["Token", "of its strong firings", "of the token’s occurrences", "fired"];
-  const rows = neuron.tokens.map((row) =>
-    element(
-      "tr", {},
-      element("th", { scope: "row", class: "words" }, loneToken(row.token)),
-      meter(row.share_of_firings), meter(row.share_of_token),
-      element("td", { class: "figure" }, `${number(row.fired)} of ${number(row.occurrences)}`),
-    ),
-  );
-  return section(
-    title,
-    element("div", { class: "scroll" }, element(
-      "table", { class: "small triggers" },
-      element("thead", {}, element("tr", {}, heads.map((head, place) => element("th", { scope: "col", class: place ? "figure" : "words" }, head)))),
-      element("tbody", {}, rows),
-    )),
-  );
+  const rows = neuron.tokens.map((row) => [
+    loneToken(row.token), meter(row.share_of_firings), meter(row.share_of_token),
+    `${number(row.fired)} of ${number(row.occurrences)}`,
+  ]);
+  return section(title, smallTable("triggers", heads, rows));
 }
 
 function meter(part) {
@@ -123,20 +118,12 @@ function activations(neuron) {
 
 function byLabel(neuron) {
   const labels = [...new Set(neuron.labels.map((row) => row.label))];
-  const heads = ["", "Mean", "Fires on", "Strongly on", "Tokens"];
-  return labels.map((label) =>
-    section(
-      `By ${label}`,
-      element("div", { class: "scroll" }, element(
-        "table", { class: "small labels" },
-        element("thead", {}, element("tr", {}, heads.map((head, place) => element("th", { scope: "col", class: place ? "figure" : "words" }, head)))),
-        element("tbody", {}, neuron.labels.filter((row) => row.label === label).map((row) =>
-          element("tr", {}, element("th", { scope: "row", class: "words" }, element("bdi", {}, row.value)),
-            [number(row.mean), share(row.firing_rate), share(row.strong_rate), number(row.count)].map((each) => element("td", { class: "figure" }, each))),
-        )),
-      )),
-    ),
-  );
+  return labels.map((label) => {
+    const rows = neuron.labels.filter((row) => row.label === label).map((row) => [
+      element("bdi", {}, row.value), number(row.mean), share(row.firing_rate), share(row.strong_rate), number(row.count),
+    ]);
+    return section(`By ${label}`, smallTable("labels", ["", "Mean", "Fires on", "Strongly on", "Tokens"], rows));
+  });
 }
 
 function nearest(neuron) {

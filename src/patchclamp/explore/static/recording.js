@@ -1,6 +1,6 @@
 // What was recorded, in words, above the table.
 
-import { element } from "./dom.js";
+import { element, smallTable } from "./dom.js";
 import { number, plural } from "./words.js";
 
 export function recordingFacts(about) {
@@ -31,21 +31,14 @@ function details(about) {
     ["Recorded", about.created], ["patchclamp", about.patchclamp],
     ...Object.entries(about.labels).map(([label, values]) => [`Label “${label}”`, values.join(", ")]),
   ];
-  const sites = about.sites.map((site) =>
-    element("tr", {}, element("th", { scope: "row" }, site.name), element("td", {}, site.kind),
-      element("td", { class: "figure" }, site.layer === null ? "" : String(site.layer)),
-      element("td", { class: "figure" }, number(site.size)), element("td", {}, site.activation ?? "")),
-  );
+  const told = facts.filter(([, value]) => value !== undefined && value !== null && value !== "");
+  const sites = about.sites.map((site) => [site.name, site.kind, String(site.layer ?? ""), number(site.size), site.activation ?? ""]);
   const heads = ["Site", "Kind", "Layer", "Neurons", "Nonlinearity"];
   return element(
     "div", { class: "about" },
-    element("dl", {}, facts.filter(([, value]) => value !== undefined && value !== null && value !== "").flatMap(([name, value]) => [
+    element("dl", {}, told.flatMap(([name, value]) => [
       element("dt", {}, name), element("dd", {}, element("bdi", {}, String(value))),
     ])),
-    element("div", { class: "scroll" }, element(
-      "table", { class: "small" },
-      element("thead", {}, element("tr", {}, heads.map((head, place) => element("th", { scope: "col", class: place === 2 || place === 3 ? "figure" : null }, head)))),
-      element("tbody", {}, sites),
-    )),
+    smallTable("sites", heads, sites, ["words", "words", "figure", "figure", "words"]),
   );
 }

@@ -79,7 +79,8 @@ function controls(about, view, change) {
     type: "checkbox", id: "striking", checked: view.striking, onchange: (event) => change({ striking: event.target.checked }),
   });
   const all = element("input", {
-    type: "checkbox", id: "all-columns", checked: view.all, onchange: (event) => change({ all: event.target.checked, page: view.page }),
+    type: "checkbox", id: "all-columns", checked: view.all,
+    onchange: (event) => change({ all: event.target.checked, page: view.page }),
   });
   return element(
     "form", { class: "controls", role: "search", onsubmit: (event) => event.preventDefault() },
@@ -129,7 +130,8 @@ function cell(column, row) {
   if (column.kind === "text") return element("td", attributes, element("bdi", {}, written(column, value)));
   const isBar = BARS.has(column.name) && typeof value === "number";
   const bar = isBar ? { class: `${attributes.class} bar`, "--part": `${Math.min(Math.max(value, 0), 1) * 100}%` } : {};
-  return element("td", { ...attributes, ...bar, title: typeof value === "number" ? String(value) : null }, written(column, value));
+  const exact = typeof value === "number" ? String(value) : null;
+  return element("td", { ...attributes, ...bar, title: exact }, written(column, value));
 }
 
 function drawPages(parts, page, view, change) {
@@ -138,8 +140,10 @@ function drawPages(parts, page, view, change) {
   parts.count.textContent = page.total
     ? `${number(first)}–${number(page.offset + page.neurons.length)} of ${plural(page.total, "neuron")}`
     : "0 neurons";
-  const go = (to, title, words) =>
-    element("button", { type: "button", disabled: to < 1 || to > last || to === view.page, "aria-label": title, onclick: () => change({ page: to }) }, words);
+  const go = (to, title, words) => {
+    const disabled = to < 1 || to > last || to === view.page;
+    return element("button", { type: "button", disabled, "aria-label": title, onclick: () => change({ page: to }) }, words);
+  };
   parts.pages.replaceChildren(
     go(1, "First page", "« First"), go(view.page - 1, "Previous page", "‹ Previous"),
     element("span", {}, `page ${number(view.page)} of ${number(last)}`),
@@ -155,7 +159,8 @@ function columnsOf(about, view) {
 const kindClass = (column) => (column.kind === "text" ? "words" : column.kind === "flag" ? "flag" : "figure");
 
 function query(view, rows) {
-  const asked = new URLSearchParams({ sort: view.sort, descending: view.descending, offset: (view.page - 1) * rows, limit: rows });
+  const { sort, descending } = view;
+  const asked = new URLSearchParams({ sort, descending, offset: (view.page - 1) * rows, limit: rows });
   if (view.search.trim()) asked.set("search", view.search.trim());
   if (view.site) asked.set("site", view.site);
   if (view.striking) asked.set("striking", "true");

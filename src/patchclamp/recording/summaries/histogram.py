@@ -90,10 +90,9 @@ class Histogram(Summary):
         counts = self.counts
         place = min(int(np.searchsorted(_EDGES, x, side="right")) - 1, BINS - 1)
         low, high = _EDGES[place], _EDGES[place + 1]
+        share = (high - x) / (high - low) if np.isfinite(high - low) else 0.0
         if place == _ONE_SIDE:
             share = float(x < 0)
-        else:
-            share = (high - x) / (high - low) if np.isfinite(high - low) else 0.0
         above = counts[:, place + 1 :].sum(axis=1) + share * counts[:, place]
         total = counts.sum(axis=1)
         return np.divide(above, total, out=np.full(self.size, np.nan), where=total > 0)

@@ -1,0 +1,373 @@
+"""Each site is what it says: proofs on every family, against plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import patchclamp as pc
+from patchclamp.errors import ModelError, UnknownName
+from tests.architectures import (
+    ALL,
+    BERT,
+    GPT2,
+    HEADS,
+    LAYERS,
+    LLAMA,
+    NEURONS,
+    OPT,
+    T5,
+    T5_GATED,
+    TRANSFORMERS,
+    VIT,
+    WIDTH,
+    Architecture,
+    Classifier,
+    Place,
+    bert,
+    call,
+    gpt_neox,
+    watching,
+)
+
+every = pytest.mark.parametrize("architecture", ALL, ids=str)
+gated = pytest.mark.parametrize("architecture", [LLAMA, T5_GATED], ids=str)
+both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+both_sides = pytest.mark.parametrize("side", ["left", "right"])
+
+NONLINEARITY = {
+    "relu": torch.relu,
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_new": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """To `rtol=1e-4` and `atol=1e-5` of the scale in float32, to 1e-10 in float64."""
+    exact = expected.dtype == torch.float64
+    relative, absolute = (1e-10, 1e-10) if exact else (1e-4, 1e-5)
+    scale = max(float(expected.abs().max()), 1e-30)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(
+        torch.as_tensor(got.clone()), expected, rtol=relative, atol=absolute * (1.0 if exact else scale)
+    )
+
+
+def projected(architecture: Architecture, *kinds: str) -> Iterator[tuple[str, Place]]:
+    """The sites whose neurons enter an output projection (or of the kinds)."""
+    for name, place in architecture.sites.items():
+        kind = name.split(".")[-2]
+        if kind in kinds or (not kinds and kind != "gate"):
+            yield name, place
+
+
+def plain_weights(module: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [inputs, outputs], bias [outputs]) of a projection."""
+    linear = module.get_submodule(path)
+    weight, bias = linear.weight.detach(), getattr(linear, "bias", None)
+    assert isinstance(weight, torch.Tensor)
+    weight = weight.T if isinstance(linear, nn.Linear) else weight
+    return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
+
+
+# What a neuron writes ------------------------------------------------------------------------------
+
+
+@every
+@both_types
+@both_sides
+def test_recorded_neurons_times_output_weights_are_what_the_projection_gives(
+    architecture: Architecture, dtype: torch.dtype, side: str
+) -> None:
+    module = architecture.build(dtype)
+    model, inputs = pc.load(module), architecture.inputs(side, dtype)
+    places = dict(projected(architecture))
+    with watching(module, [place.module for place in places.values()]) as seen:
+        recorded = model.activations(inputs, list(places))
+    for name, place in places.items():
+        _, written = seen[place.module]
+        weights = model.output_weights(name)
+        assert weights.shape == (place.size, written.shape[-1])
+        assert recorded[name].shape == (*written.shape[:-1], place.size)
+        bias = plain_weights(module, place.module)[1]
+        assert_same(recorded[name] @ weights + bias, written)
+
+
+@every
+@both_types
+@both_sides
+def test_without_a_neuron_the_output_lacks_what_that_neuron_wrote(
+    architecture: Architecture, dtype: torch.dtype, side: str
+) -> None:
+    module = architecture.build(dtype)
+    model, inputs = pc.load(module), architecture.inputs(side, dtype)
+    for name, place in projected(architecture):
+        for neuron in (0, place.size // 2, place.size - 1):
+            with watching(module, [place.module]) as seen:
+                activation = model.activations(inputs, name)[..., neuron]
+                before = seen[place.module][1]
+                with model.intervene(pc.ablate(pc.Neurons({name: [neuron]}))), torch.no_grad():
+                    module(**inputs)
+                after = seen[place.module][1]
+            assert activation.abs().max() > 0 or place.activation == "relu"
+            change = after - before
+            expected = -activation[..., None] * model.output_weights(name)[neuron]
+            torch.testing.assert_close(
+                change,
+                expected,
+                rtol=0 if dtype == torch.float64 else 1e-4,
+                atol=1e-10 if dtype == torch.float64 else 1e-5 * float(before.abs().max()),
+            )
+
+
+@pytest.mark.parametrize("architecture", TRANSFORMERS, ids=str)
+@both_types
+def test_a_head_is_the_neurons_that_share_it(architecture: Architecture, dtype: torch.dtype) -> None:
+    module = architecture.build(dtype)
+    model, inputs = pc.load(module), architecture.inputs(dtype=dtype)
+    for name, place in projected(architecture, "attn", "cross_attn"):
+        site = model.site(name)
+        assert site.heads == place.heads == HEADS
+        assert [index for head in range(HEADS) for index in site.head(head)] == list(range(place.size))
+        for head in (0, HEADS - 1):
+            with watching(module, [place.module]) as seen:
+                recorded = model.activations(inputs, name)
+                before = seen[place.module][1]
+                with model.intervene(pc.ablate(pc.Neurons({name: site.head(head)}))), torch.no_grad():
+                    module(**inputs)
+                after = seen[place.module][1]
+            rows = list(site.head(head))
+            assert_same(before - recorded[..., rows] @ model.output_weights(name)[rows], after)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "heads_per_value"),
+    [
+        (BERT, "encoder.layer.{}.attention.self.value", 1),
+        (LLAMA, "model.layers.{}.self_attn.v_proj", 2),
+        (OPT, "decoder.layers.{}.self_attn.v_proj", 1),
+        (T5, "encoder.block.{}.layer.0.SelfAttention.v", 1),
+        (VIT, "layers.{}.attention.v_proj", 1),
+    ],
+    ids=str,
+)
+def test_a_head_reads_its_own_values(architecture: Architecture, values: str, heads_per_value: int) -> None:
+    # Independent of the output projection: without the values of head 1, the neurons of head 1 are silent.
+    module, inputs = architecture.build(), architecture.inputs()
+    model = pc.load(module)
+    name = "encoder.attn.1" if architecture is T5 else "attn.1"
+    site = model.site(name)
+    before = model.activations(inputs, name)
+    projection = module.get_submodule(values.format(1))
+    width = len(site.head(0))
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            parameter[width : 2 * width] = 0
+    after = model.activations(inputs, name)
+    silent = [index for head in range(heads_per_value) for index in site.head(heads_per_value + head)]
+    others = [index for index in range(before.shape[-1]) if index not in silent]
+    assert before[..., silent].abs().max() > 0 and not after[..., silent].any()
+    torch.testing.assert_close(after[..., others], before[..., others])
+
+
+def test_heads_that_are_not_there() -> None:
+    model = pc.load(BERT.build())
+    with pytest.raises(UnknownName, match=rf"attn\.0 has heads 0 to {HEADS - 1}, not {HEADS}"):
+        model.site("attn.0").head(HEADS)
+    with pytest.raises(UnknownName, match="not -1"):
+        model.site("attn.0").head(-1)
+    with pytest.raises(UnknownName, match=r"mlp\.0 has no attention heads"):
+        model.site("mlp.0").head(0)
+
+
+# What a neuron reads --------------------------------------------------------------------------------
+
+
+@every
+@both_types
+def test_input_weights_give_what_the_nonlinearity_is_given(architecture: Architecture, dtype: torch.dtype) -> None:
+    module = architecture.build(dtype)
+    model, inputs = pc.load(module), architecture.inputs("left", dtype)
+    places = {name: place for name, place in architecture.sites.items() if place.reads}
+    paths = {path for place in places.values() for path in place.reads.values()}
+    with watching(module, paths) as seen:
+        recorded = model.activations(inputs, list(places))
+    for name, place in places.items():
+        weights = model.input_weights(name)
+        assert list(weights) == list(place.reads)
+        before = {}
+        for role, path in place.reads.items():
+            given, returned = seen[path]
+            assert weights[role].shape == (place.size, given.shape[-1])
+            before[role] = given @ weights[role].T + plain_weights(module, path)[1]
+            assert_same(before[role], returned)
+        if place.activation is None:
+            continue
+        expected = NONLINEARITY[place.activation](before["in" if "in" in before else "gate"])
+        expected = expected * before["up"] if "up" in before else expected
+        assert_same(recorded[name], expected.view_as(recorded[name]))
+
+
+@gated
+@both_types
+def test_gate_times_up_is_what_enters_the_projection(architecture: Architecture, dtype: torch.dtype) -> None:
+    module = architecture.build(dtype)
+    model, inputs = pc.load(module), architecture.inputs(dtype=dtype)
+    for name, place in projected(architecture, "mlp"):
+        with watching(module, [place.reads["up"], place.module]) as seen:
+            gate = model.activations(inputs, name.replace("mlp", "gate"))
+        assert_same(gate * seen[place.reads["up"]][1], seen[place.module][0])
+
+
+def test_weights_are_the_models_own_and_carry_no_gradient() -> None:
+    module = GPT2.build()
+    model = pc.load(module)
+    weights, projection = model.output_weights("mlp.0"), module.get_submodule("transformer.h.0.mlp.c_proj")
+    assert weights.data_ptr() == projection.weight.data_ptr() and not weights.requires_grad  # type: ignore[operator]
+    assert not model.input_weights("mlp.0")["in"].requires_grad
+
+
+def test_weights_that_a_kind_does_not_have() -> None:
+    model = pc.load(LLAMA.build())
+    with pytest.raises(ModelError, match=r"gate\.1 .* no output projection of its own; see mlp\.1"):
+        model.output_weights("gate.1")
+    with pytest.raises(ModelError, match=r"resid_post\.0 is of kind 'resid_post'"):
+        model.output_weights("resid_post.0")
+    with pytest.raises(ModelError, match=r"attn\.0 is of kind 'attn': no projection feeds its neurons one by one"):
+        model.input_weights("attn.0")
+    with pytest.raises(UnknownName, match=r"no site is called 'mlp\.7'.*mlp\.1"):
+        model.output_weights("mlp.7")
+
+
+# What is listed -------------------------------------------------------------------------------------
+
+
+@every
+def test_a_site_says_where_it_is(architecture: Architecture) -> None:
+    model = pc.load(architecture.build())
+    for name, place in architecture.sites.items():
+        site = model.sites[name]
+        assert (site.name, site.size, site.activation) == (name, place.size, place.activation)
+        assert site.kind == name.split(".")[-2].replace("cross_attn", "attn")
+        assert site.layer == int(name.rsplit(".", 1)[1])
+        assert (site.module, dict(site.reads), site.heads) == (place.module, dict(place.reads), place.heads)
+        assert site.writes == (None if site.kind == "gate" else place.module)
+    listed = {name for name, site in model.sites.items() if not site.kind.startswith("resid")}
+    assert listed == set(architecture.sites)
+
+
+@pytest.mark.parametrize("architecture", TRANSFORMERS, ids=str)
+def test_sites_come_in_the_order_of_the_forward_pass(architecture: Architecture) -> None:
+    expected = []
+    for prefix in architecture.blocks:
+        for layer in range(LAYERS):
+            kinds = ["resid_pre", "attn", "cross_attn", "resid_mid", "gate", "mlp", "resid_post"]
+            there = [f"{prefix}{kind}.{layer}" for kind in kinds]
+            expected += [name for name in there if name in architecture.sites or "resid" in name]
+    sites = pc.load(architecture.build()).sites
+    assert list(sites) == expected
+    assert {site.size for site in sites.values() if site.kind.startswith("resid")} == {WIDTH}
+    assert {site.stack for site in sites.values()} == {prefix.rstrip(".") for prefix in architecture.blocks}
+
+
+@pytest.mark.parametrize("architecture", TRANSFORMERS, ids=str)
+def test_the_norm_that_follows(architecture: Architecture) -> None:
+    model = pc.load(architecture.build())
+    for prefix, block in architecture.blocks.items():
+        for layer in range(LAYERS):
+            for kind, position in (("attn", 0), ("mlp", 1)):
+                expected = architecture.norms and f"{block.format(layer)}.{architecture.norms[position]}"
+                assert model.site(f"{prefix}{kind}.{layer}").norm == expected
+
+
+def test_explain_sites_says_what_is_listed_and_what_is_not() -> None:
+    module = BERT.build()
+    lines = pc.load(module).explain_sites().splitlines()
+    assert f"mlp.*: {LAYERS} sites of {NEURONS} neurons, read at encoder.layer.0.output.dense" in lines
+    assert any(line.startswith("gate.*: not listed: the MLP has no gate") for line in lines)
+    assert lines[-1].startswith("Any module's output can be named by hand: module:")
+    named = lines[-1].rpartition("module:")[2]
+    assert named in dict(module.named_modules())
+    lines = pc.load(T5.build()).explain_sites().splitlines()
+    assert f"decoder.cross_attn.*: {LAYERS} sites of {3 * HEADS} neurons" in "\n".join(lines)
+    assert any(line.startswith("encoder.gate.*: not listed") for line in lines)
+
+
+def test_attention_beside_the_mlp_leaves_no_middle() -> None:
+    module = gpt_neox(parallel=True).eval()
+    model = pc.load(module)
+    assert list(model.sites)[:4] == ["resid_pre.0", "attn.0", "mlp.0", "resid_post.0"]
+    assert "resid_mid.*: not listed: " in model.explain_sites() and "side by side" in model.explain_sites()
+    with pytest.raises(UnknownName, match=r"resid_mid\.\* is not listed: .*side by side"):
+        model.select("resid_mid.*")
+    with pytest.raises(UnknownName, match=r"resid_mid\.\* is not listed"):
+        model.site("resid_mid.1")
+    assert "resid_mid.1" in pc.load(gpt_neox(parallel=False).eval()).sites
+
+
+def encoder_of_torch() -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, NEURONS, batch_first=True, activation=nn.GELU())
+    return nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False).eval()
+
+
+def test_attention_of_torch_is_not_listed_because_its_projection_is_never_called() -> None:
+    module = encoder_of_torch()
+    model = pc.load(module)
+    assert not [site for site in model.sites.values() if site.kind == "attn"]
+    assert "attn.*: not listed: nn.MultiheadAttention never calls its output projection" in model.explain_sites()
+    with pytest.raises(UnknownName, match=r"attn\.\* is not listed: nn\.MultiheadAttention"):
+        model.select("attn.0")
+
+
+def test_the_fused_path_of_torch_is_not_taken_while_a_site_is_read() -> None:
+    # In evaluation mode without gradient nn.TransformerEncoderLayer computes its MLP in one fused kernel.
+    module = encoder_of_torch()
+    model, x = pc.load(module), torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+    recorded = model.activations(x, "mlp.1")
+    with watching(module, ["layers.1.linear2"]) as seen:
+        call(module, {"src": x})
+    assert_same(recorded @ model.output_weights("mlp.1") + plain_weights(module, "layers.1.linear2")[1], seen["layers.1.linear2"][1])
+
+
+def test_a_fused_gate_and_up_is_said() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up, self.down = nn.Linear(4, 12), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.gate_up(x).chunk(2, -1)
+            return x + self.down(torch.relu(gate) * up)
+
+    model = pc.load(nn.Sequential(Block(), Block()))
+    assert model.site("mlp.1").size == 6
+    with pytest.raises(ModelError, match=r"mlp\.0: gate and up are one fused projection, 0\.gate_up"):
+        model.input_weights("mlp.0")
+    assert "gate.*: not listed: gate and up are one fused projection" in model.explain_sites()
+
+
+@both_types
+def test_an_mlp_computed_in_pieces_along_the_sequence_is_read_whole(dtype: torch.dtype) -> None:
+    module = BERT.build(dtype)
+    whole = pc.load(module).activations(BERT.inputs(dtype=dtype), "mlp.1")
+    pieces = bert(chunk_size_feed_forward=3).to(dtype).eval()
+    pieces.load_state_dict(module.state_dict())
+    inputs = {name: each[:, :9] for name, each in BERT.inputs(dtype=dtype).items()}
+    read = pc.load(pieces).activations(inputs, "mlp.1")
+    assert read.shape == (4, 9, NEURONS)
+    assert_same(read, pc.load(module).activations(inputs, "mlp.1").clone())
+    assert whole.shape == (4, 11, NEURONS)
+
+
+def test_modules_by_hand() -> None:
+    module = Classifier()
+    x = torch.randn(5, 6)
+    site = pc.load(module).site("module:norm")
+    assert (site.kind, site.layer, site.module) == ("module", None, "norm")
+    read = pc.load(module).activations(x, "module:norm")
+    torch.testing.assert_close(read.clone(), module.norm(torch.relu(module.first(x))).detach())
+    assert pc.load(module).site("module:first").size == 10
