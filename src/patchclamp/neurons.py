@@ -80,12 +80,15 @@ class Neurons:
         Best is the largest value of the column `by`; without one, of `score`; without that, the order
         of the table. Ties keep the order of the table; neurons without a value come last.
         """
-        if isinstance(n, bool) or not isinstance(n, (int, float)):
-            raise DataError(f"top() takes a whole number or a fraction, not {n!r}")
-        if isinstance(n, float):
+        if not _is_whole(n):
+            if not isinstance(n, float):
+                raise DataError(f"top() takes a whole number or a fraction, not {n!r}")
             if not 0 < n <= 1:
-                raise DataError(f"a fraction lies in (0, 1]; {n} does not. For a number of neurons write {int(n)}")
-            n = math.ceil(n * len(self))
+                hint = f". For a number of neurons write {int(n)}" if n > 1 and n.is_integer() else ""
+                raise DataError(f"a fraction lies in (0, 1]; {n} does not{hint}")
+            # 0.07 * 100 is a little more than 7, and means 7.
+            n = math.ceil(round(n * len(self), 9))
+        n = int(n)
         if n < 0:
             raise DataError(f"cannot take the top {n} neurons")
         if by is None:
@@ -100,12 +103,19 @@ class Neurons:
         return Neurons.from_polars(frame.head(n))
 
     def where(self, expression: pl.Expr) -> Neurons:
-        """The neurons for which a polars expression over the columns holds, in the same order."""
+        """The neurons for which a polars expression over the columns holds, in the same order.
+
+        Raises:
+            UnknownName: a column that is not there.
+            DataError: not an expression, or not one that is true or false for each neuron.
+        """
         try:
             return Neurons.from_polars(self._frame.filter(expression))
         except pl.exceptions.ColumnNotFoundError as error:
             missing = str(error).split('"')[1] if '"' in str(error) else str(error).splitlines()[0]
             raise unknown("column", missing, self._frame.columns) from error
+        except (pl.exceptions.PolarsError, TypeError) as error:
+            raise DataError(f"where() takes a condition such as pl.col('score') > 0.5: {error}") from error
 
     def at(self, site: str) -> Neurons:
         """The neurons of one site (none, if it holds none of them)."""
@@ -120,6 +130,9 @@ class Neurons:
         Raises:
             DataError: there are not enough neurons to draw from; the message names the site.
         """
+        given: object = n
+        if given is not None and not _is_whole(given):
+            raise DataError(f"sample() draws a whole number of neurons, not {n!r}")
         generator = random.Random(seed)
         if like is None:
             if n is None:
@@ -138,15 +151,21 @@ class Neurons:
 
     def __or__(self, other: Neurons) -> Neurons:
         """Both tables; a neuron of both keeps the row of the left one."""
+        if not isinstance(other, Neurons):
+            return NotImplemented
         extra = other._frame.join(self._frame, on=_KEY, how="anti", maintain_order="left")
         return Neurons.from_polars(pl.concat([self._frame, extra], how="diagonal_relaxed"))
 
     def __and__(self, other: Neurons) -> Neurons:
         """The neurons of the left table that the right one holds too."""
+        if not isinstance(other, Neurons):
+            return NotImplemented
         return Neurons.from_polars(self._frame.join(other._frame, on=_KEY, how="semi", maintain_order="left"))
 
     def __sub__(self, other: Neurons) -> Neurons:
         """The neurons of the left table that the right one does not hold."""
+        if not isinstance(other, Neurons):
+            return NotImplemented
         return Neurons.from_polars(self._frame.join(other._frame, on=_KEY, how="anti", maintain_order="left"))
 
     # Reading --------------------------------------------------------------------------------------
@@ -227,8 +246,9 @@ class Neurons:
             else:
                 self._frame.write_parquet(part)
             os.replace(part, file)
-        except OSError as error:
-            raise StoreError(f"cannot write {file}: {error.strerror or error}") from error
+        except (OSError, pl.exceptions.PolarsError) as error:
+            part.unlink(missing_ok=True)
+            raise StoreError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Neurons:
@@ -242,7 +262,8 @@ class Neurons:
             raise StoreError(f"there is no file {file}")
         suffix = _suffix(file)
         try:
-            frame = pl.read_csv(file) if suffix == ".csv" else pl.read_parquet(file)
+            # Types are settled by all rows: a column may begin with many neurons that have no value.
+            frame = pl.read_csv(file, infer_schema_length=None) if suffix == ".csv" else pl.read_parquet(file)
             return cls.from_polars(frame)
         except (pl.exceptions.PolarsError, OSError, DataError) as error:
             raise StoreError(f"{file} is not a table of neurons: {error}") from error
@@ -255,20 +276,28 @@ def _frame_of(source: Mapping[str, Iterable[int]] | Iterable[str | tuple[str, in
     indices: list[int] = []
     if isinstance(source, Mapping):
         for site, each in source.items():
-            listed: list[Any] = [each] if _is_whole(each) else list(each)
+            listed: list[Any] = list(each) if isinstance(each, Iterable) and getattr(each, "ndim", 1) else [each]
             for index in listed:
-                if not _is_whole(index):
-                    raise DataError(f"{index!r} is not the index of a neuron at {site}: indices are whole numbers")
                 sites.append(str(site))
-                indices.append(int(index))
+                indices.append(_index(site, index))
     elif isinstance(source, str):
         return _frame_of([source])
+    elif not isinstance(source, Iterable):
+        raise DataError(f'neurons are given as {{"mlp.3": [417]}} or ["mlp.3:417"], not as {source!r}')
     else:
         for each in source:
-            neuron = Neuron.parse(each) if isinstance(each, str) else Neuron(str(each[0]), int(each[1]))
-            sites.append(neuron.site)
-            indices.append(neuron.index)
+            neuron = Neuron.parse(each) if isinstance(each, str) else each
+            if not isinstance(neuron, tuple) or len(neuron) != 2:
+                raise DataError(f"{each!r} does not name a neuron: write site:index, as in mlp.3:417")
+            sites.append(str(neuron[0]))
+            indices.append(_index(neuron[0], neuron[1]))
     return pl.DataFrame({"site": sites, "index": indices}, schema={"site": pl.String, "index": pl.Int64})
+
+
+def _index(site: object, index: Any) -> int:
+    if not _is_whole(index):
+        raise DataError(f"{index!r} is not the index of a neuron at {site}: indices are whole numbers")
+    return int(index)
 
 
 def _is_whole(value: object) -> TypeGuard[SupportsIndex]:

@@ -52,7 +52,7 @@ def test_what_is_shown_steers_nothing(text: str) -> None:
 def test_plain_text_is_shown_as_it_is() -> None:
     for text in ("return", "naïve café", "שלום", "👩‍🔬", "<b>", "[red]x[/red]"):
         assert visible(text) == text
-    assert visible_token("  the ") == "the" and visible_token("  ") == "␣␣" and visible_token("") == "(empty)"
+    assert visible_token("  the x ") == "␣␣the x␣" and visible_token("  ") == "␣␣" and visible_token("") == "(empty)"
     assert visible_token("\n") == "⏎"
 
 

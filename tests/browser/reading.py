@@ -44,7 +44,7 @@ def cell(column: str, value: Any, row: dict[str, Any]) -> str:
     if column == "neuron":
         return value + ("★" if row["striking"] else "")
     if column in ("family", "top_token"):
-        return on_page(value.strip(" "))
+        return lone(value) if value else ""
     return on_page(written(column, value))
 
 
@@ -58,8 +58,8 @@ def texts(page: Page, selector: str) -> list[str]:
 
 
 def lone(token: str) -> str:
-    """A token in a list of tokens, as the page writes it."""
-    bare = token.strip(" ")
-    if bare.strip():
-        return on_page(bare)
-    return on_page(token).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"
+    """A token in a list of tokens, as the page writes it: the spaces at its edges are drawn."""
+    word = token.strip(" \n\t")
+    before, after = token.split(word, 1) if word else (token, "")
+    drawn = [edge.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") for edge in (before, after)]
+    return drawn[0] + on_page(word) + drawn[1] or "(empty)"

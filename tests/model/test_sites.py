@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    MixtralConfig,
+    MixtralModel,
+    Phi3Config,
+    Phi3Model,
+)
 
 import patchclamp as pc
 from patchclamp.errors import ModelError, UnknownName
@@ -38,6 +47,13 @@ gated = pytest.mark.parametrize("architecture", [LLAMA, T5_GATED], ids=str)
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 both_sides = pytest.mark.parametrize("side", ["left", "right"])
 
+SMALL = {
+    "vocab_size": 30,
+    "hidden_size": WIDTH,
+    "intermediate_size": NEURONS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
 NONLINEARITY = {
     "relu": torch.relu,
     "silu": nn.functional.silu,
@@ -55,6 +71,12 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(
         torch.as_tensor(got.clone()), expected, rtol=relative, atol=absolute * (1.0 if exact else scale)
     )
+
+
+@cache
+def loaded(architecture: Architecture, dtype: torch.dtype = torch.float32) -> pc.Model:
+    """One model for all tests that leave it as it is."""
+    return pc.load(architecture.build(dtype))
 
 
 def projected(architecture: Architecture, *kinds: str) -> Iterator[tuple[str, Place]]:
@@ -83,9 +105,8 @@ def plain_weights(module: nn.Module, path: str) -> tuple[torch.Tensor, torch.Ten
 def test_recorded_neurons_times_output_weights_are_what_the_projection_gives(
     architecture: Architecture, dtype: torch.dtype, side: str
 ) -> None:
-    module = architecture.build(dtype)
-    model, inputs = pc.load(module), architecture.inputs(side, dtype)
-    places = dict(projected(architecture))
+    model, inputs = loaded(architecture, dtype), architecture.inputs(side, dtype)
+    module, places = model.module, dict(projected(architecture))
     with watching(module, [place.module for place in places.values()]) as seen:
         recorded = model.activations(inputs, list(places))
     for name, place in places.items():
@@ -103,32 +124,34 @@ def test_recorded_neurons_times_output_weights_are_what_the_projection_gives(
 def test_without_a_neuron_the_output_lacks_what_that_neuron_wrote(
     architecture: Architecture, dtype: torch.dtype, side: str
 ) -> None:
-    module = architecture.build(dtype)
-    model, inputs = pc.load(module), architecture.inputs(side, dtype)
-    for name, place in projected(architecture):
-        for neuron in (0, place.size // 2, place.size - 1):
-            with watching(module, [place.module]) as seen:
-                activation = model.activations(inputs, name)[..., neuron]
-                before = seen[place.module][1]
-                with model.intervene(pc.ablate(pc.Neurons({name: [neuron]}))), torch.no_grad():
-                    module(**inputs)
-                after = seen[place.module][1]
-            assert activation.abs().max() > 0 or place.activation == "relu"
-            change = after - before
-            expected = -activation[..., None] * model.output_weights(name)[neuron]
-            torch.testing.assert_close(
-                change,
-                expected,
-                rtol=0 if dtype == torch.float64 else 1e-4,
-                atol=1e-10 if dtype == torch.float64 else 1e-5 * float(before.abs().max()),
-            )
+    model, inputs = loaded(architecture, dtype), architecture.inputs(side, dtype)
+    module, places = model.module, dict(projected(architecture))
+    with watching(module, [place.module for place in places.values()]) as seen:
+        recorded = model.activations(inputs, list(places))
+        before = {name: seen[place.module][1] for name, place in places.items()}
+    for name, place in places.items():
+        # One that has something to say, and the last one.
+        talking = int(recorded[name].abs().flatten(0, -2).amax(0).argmax())
+        assert recorded[name][..., talking].any()
+        for neuron in {talking, place.size - 1}:
+            with (
+                watching(module, [place.module]) as seen,
+                model.intervene(pc.ablate(pc.Neurons({name: [neuron]}))),
+                torch.no_grad(),
+            ):
+                module(**inputs)
+            change = seen[place.module][1] - before[name]
+            expected = -recorded[name][..., neuron, None] * model.output_weights(name)[neuron]
+            # In float32 the difference of two outputs is as exact as these are.
+            scale = float(before[name].abs().max()) if dtype == torch.float32 else 1e-5
+            torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("architecture", TRANSFORMERS, ids=str)
 @both_types
 def test_a_head_is_the_neurons_that_share_it(architecture: Architecture, dtype: torch.dtype) -> None:
-    module = architecture.build(dtype)
-    model, inputs = pc.load(module), architecture.inputs(dtype=dtype)
+    model, inputs = loaded(architecture, dtype), architecture.inputs(dtype=dtype)
+    module = model.module
     for name, place in projected(architecture, "attn", "cross_attn"):
         site = model.site(name)
         assert site.heads == place.heads == HEADS
@@ -175,7 +198,7 @@ def test_a_head_reads_its_own_values(architecture: Architecture, values: str, he
 
 
 def test_heads_that_are_not_there() -> None:
-    model = pc.load(BERT.build())
+    model = loaded(BERT)
     with pytest.raises(UnknownName, match=rf"attn\.0 has heads 0 to {HEADS - 1}, not {HEADS}"):
         model.site("attn.0").head(HEADS)
     with pytest.raises(UnknownName, match="not -1"):
@@ -190,8 +213,8 @@ def test_heads_that_are_not_there() -> None:
 @every
 @both_types
 def test_input_weights_give_what_the_nonlinearity_is_given(architecture: Architecture, dtype: torch.dtype) -> None:
-    module = architecture.build(dtype)
-    model, inputs = pc.load(module), architecture.inputs("left", dtype)
+    model, inputs = loaded(architecture, dtype), architecture.inputs("left", dtype)
+    module = model.module
     places = {name: place for name, place in architecture.sites.items() if place.reads}
     paths = {path for place in places.values() for path in place.reads.values()}
     with watching(module, paths) as seen:
@@ -215,24 +238,23 @@ def test_input_weights_give_what_the_nonlinearity_is_given(architecture: Archite
 @gated
 @both_types
 def test_gate_times_up_is_what_enters_the_projection(architecture: Architecture, dtype: torch.dtype) -> None:
-    module = architecture.build(dtype)
-    model, inputs = pc.load(module), architecture.inputs(dtype=dtype)
+    model, inputs = loaded(architecture, dtype), architecture.inputs(dtype=dtype)
     for name, place in projected(architecture, "mlp"):
-        with watching(module, [place.reads["up"], place.module]) as seen:
+        with watching(model.module, [place.reads["up"], place.module]) as seen:
             gate = model.activations(inputs, name.replace("mlp", "gate"))
         assert_same(gate * seen[place.reads["up"]][1], seen[place.module][0])
 
 
 def test_weights_are_the_models_own_and_carry_no_gradient() -> None:
-    module = GPT2.build()
-    model = pc.load(module)
-    weights, projection = model.output_weights("mlp.0"), module.get_submodule("transformer.h.0.mlp.c_proj")
-    assert weights.data_ptr() == projection.weight.data_ptr() and not weights.requires_grad  # type: ignore[operator]
+    model = loaded(GPT2)
+    weights, projection = model.output_weights("mlp.0"), model.module.get_submodule("transformer.h.0.mlp.c_proj")
+    assert isinstance(projection.weight, nn.Parameter)
+    assert weights.data_ptr() == projection.weight.data_ptr() and not weights.requires_grad
     assert not model.input_weights("mlp.0")["in"].requires_grad
 
 
 def test_weights_that_a_kind_does_not_have() -> None:
-    model = pc.load(LLAMA.build())
+    model = loaded(LLAMA)
     with pytest.raises(ModelError, match=r"gate\.1 .* no output projection of its own; see mlp\.1"):
         model.output_weights("gate.1")
     with pytest.raises(ModelError, match=r"resid_post\.0 is of kind 'resid_post'"):
@@ -248,7 +270,7 @@ def test_weights_that_a_kind_does_not_have() -> None:
 
 @every
 def test_a_site_says_where_it_is(architecture: Architecture) -> None:
-    model = pc.load(architecture.build())
+    model = loaded(architecture)
     for name, place in architecture.sites.items():
         site = model.sites[name]
         assert (site.name, site.size, site.activation) == (name, place.size, place.activation)
@@ -268,7 +290,7 @@ def test_sites_come_in_the_order_of_the_forward_pass(architecture: Architecture)
             kinds = ["resid_pre", "attn", "cross_attn", "resid_mid", "gate", "mlp", "resid_post"]
             there = [f"{prefix}{kind}.{layer}" for kind in kinds]
             expected += [name for name in there if name in architecture.sites or "resid" in name]
-    sites = pc.load(architecture.build()).sites
+    sites = loaded(architecture).sites
     assert list(sites) == expected
     assert {site.size for site in sites.values() if site.kind.startswith("resid")} == {WIDTH}
     assert {site.stack for site in sites.values()} == {prefix.rstrip(".") for prefix in architecture.blocks}
@@ -276,7 +298,7 @@ def test_sites_come_in_the_order_of_the_forward_pass(architecture: Architecture)
 
 @pytest.mark.parametrize("architecture", TRANSFORMERS, ids=str)
 def test_the_norm_that_follows(architecture: Architecture) -> None:
-    model = pc.load(architecture.build())
+    model = loaded(architecture)
     for prefix, block in architecture.blocks.items():
         for layer in range(LAYERS):
             for kind, position in (("attn", 0), ("mlp", 1)):
@@ -285,14 +307,14 @@ def test_the_norm_that_follows(architecture: Architecture) -> None:
 
 
 def test_explain_sites_says_what_is_listed_and_what_is_not() -> None:
-    module = BERT.build()
-    lines = pc.load(module).explain_sites().splitlines()
+    module = loaded(BERT).module
+    lines = loaded(BERT).explain_sites().splitlines()
     assert f"mlp.*: {LAYERS} sites of {NEURONS} neurons, read at encoder.layer.0.output.dense" in lines
     assert any(line.startswith("gate.*: not listed: the MLP has no gate") for line in lines)
     assert lines[-1].startswith("Any module's output can be named by hand: module:")
     named = lines[-1].rpartition("module:")[2]
     assert named in dict(module.named_modules())
-    lines = pc.load(T5.build()).explain_sites().splitlines()
+    lines = loaded(T5).explain_sites().splitlines()
     assert f"decoder.cross_attn.*: {LAYERS} sites of {3 * HEADS} neurons" in "\n".join(lines)
     assert any(line.startswith("encoder.gate.*: not listed") for line in lines)
 
@@ -330,37 +352,19 @@ def test_the_fused_path_of_torch_is_not_taken_while_a_site_is_read() -> None:
     recorded = model.activations(x, "mlp.1")
     with watching(module, ["layers.1.linear2"]) as seen:
         call(module, {"src": x})
-    assert_same(recorded @ model.output_weights("mlp.1") + plain_weights(module, "layers.1.linear2")[1], seen["layers.1.linear2"][1])
-
-
-def test_a_fused_gate_and_up_is_said() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up, self.down = nn.Linear(4, 12), nn.Linear(6, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            gate, up = self.gate_up(x).chunk(2, -1)
-            return x + self.down(torch.relu(gate) * up)
-
-    model = pc.load(nn.Sequential(Block(), Block()))
-    assert model.site("mlp.1").size == 6
-    with pytest.raises(ModelError, match=r"mlp\.0: gate and up are one fused projection, 0\.gate_up"):
-        model.input_weights("mlp.0")
-    assert "gate.*: not listed: gate and up are one fused projection" in model.explain_sites()
+    weights, bias = plain_weights(module, "layers.1.linear2")
+    assert_same(recorded @ weights + bias, seen["layers.1.linear2"][1])
 
 
 @both_types
 def test_an_mlp_computed_in_pieces_along_the_sequence_is_read_whole(dtype: torch.dtype) -> None:
-    module = BERT.build(dtype)
-    whole = pc.load(module).activations(BERT.inputs(dtype=dtype), "mlp.1")
+    whole = loaded(BERT, dtype)
     pieces = bert(chunk_size_feed_forward=3).to(dtype).eval()
-    pieces.load_state_dict(module.state_dict())
+    pieces.load_state_dict(whole.module.state_dict())
     inputs = {name: each[:, :9] for name, each in BERT.inputs(dtype=dtype).items()}
     read = pc.load(pieces).activations(inputs, "mlp.1")
     assert read.shape == (4, 9, NEURONS)
-    assert_same(read, pc.load(module).activations(inputs, "mlp.1").clone())
-    assert whole.shape == (4, 11, NEURONS)
+    assert_same(read, whole.activations(inputs, "mlp.1").clone())
 
 
 def test_modules_by_hand() -> None:
@@ -371,3 +375,118 @@ def test_modules_by_hand() -> None:
     read = pc.load(module).activations(x, "module:norm")
     torch.testing.assert_close(read.clone(), module.norm(torch.relu(module.first(x))).detach())
     assert pc.load(module).site("module:first").size == 10
+
+
+# Networks of another build ---------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A gated block whose projections are registered in an order of one's own (Meta's Llama: w1, w2, w3)."""
+
+    def __init__(self, *order: str, norm: bool = True) -> None:
+        super().__init__()
+        for name in order:
+            setattr(self, name, nn.Linear(6, 4) if name == "w2" else nn.Linear(4, 6))
+        self.act = nn.SiLU()
+        self.norm = nn.LayerNorm(4) if norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., 4] -> [..., 4]."""
+        given = self.norm(x)
+        hidden = self.act(self.w1(given))
+        return x + self.w2(hidden * self.w3(given) if hasattr(self, "w3") else hidden)
+
+
+@pytest.mark.parametrize(
+    ("order", "norm"),
+    [(("w1", "w2", "w3"), True), (("w1", "w2", "w3"), False), (("w2", "w1", "w3"), True), (("w2", "w1"), True)],
+)
+def test_the_order_in_which_projections_are_registered_does_not_matter(order: tuple[str, ...], norm: bool) -> None:
+    module = nn.Sequential(Block(*order, norm=norm), Block(*order, norm=norm))
+    model, x = pc.load(module), torch.randn(5, 4)
+    site = model.site("mlp.1")
+    assert (site.size, site.writes) == (6, "1.w2")
+    assert dict(site.reads) == ({"gate": "1.w1", "up": "1.w3"} if "w3" in order else {"in": "1.w1"})
+    with watching(module, ["1.w2"]) as seen:
+        recorded = model.activations(x, "mlp.1")
+    weights, bias = plain_weights(module, "1.w2")
+    assert_same(recorded @ weights + bias, seen["1.w2"][1])
+
+
+def test_a_bottleneck_is_read_where_it_is_narrow() -> None:
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(8, 2), nn.Linear(2, 8)
+
+    site = pc.load(nn.ModuleList([Adapter(), Adapter()])).site("mlp.1")
+    assert (site.size, site.writes, dict(site.reads)) == (2, "1.up", {"in": "1.down"})
+
+
+def test_an_attention_projection_registered_before_the_others() -> None:
+    # Phi-3: o_proj comes before qkv_proj.
+    config = Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = pc.load(Phi3Model(config).eval())
+    assert model.site("attn.1").writes == "layers.1.self_attn.o_proj"
+    with pytest.raises(ModelError, match=r"mlp\.0: gate and up are one fused projection, layers\.0\.mlp\.gate_up_proj"):
+        model.input_weights("mlp.0")
+    assert "gate.*: not listed: gate and up are one fused projection" in model.explain_sites()
+
+
+def test_an_attention_projection_that_cannot_be_told_is_not_listed() -> None:
+    module = GPT2.build()
+    for block in module.get_submodule("transformer.h"):  # type: ignore[union-attr]
+        # As if the projection had been registered first.
+        block.attn._modules = dict(reversed(block.attn._modules.items()))
+        block.attn.c_attn.nf = WIDTH
+        block.attn.c_attn.weight = nn.Parameter(block.attn.c_attn.weight[:, :WIDTH])
+    assert "attn.0" not in pc.load(module).sites
+
+
+def test_blocks_that_share_their_weights_are_not_listed() -> None:
+    model = pc.load(AlbertModel(AlbertConfig(**SMALL, embedding_size=8)).eval())
+    assert not model.sites
+    with pytest.raises(UnknownName, match=r"mlp\.\* is not listed: a forward pass calls .* 2 times: .*share"):
+        model.select("mlp.*")
+
+
+def test_a_transformer_without_a_pair_of_projections_has_no_sites_rather_than_wrong_ones() -> None:
+    config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(UnknownName, match="looked for a list of blocks"):
+        pc.load(MixtralModel(config).eval()).select("mlp.*")
+
+
+def test_a_block_built_unlike_the_others_is_said() -> None:
+    module = nn.ModuleList([Block("w1", "w2", "w3"), Block("w1", "w2"), Block("w1", "w2", "w3")])
+    model = pc.load(module)
+    assert [site.name for site in model.select("mlp.*")] == ["mlp.0", "mlp.2"]
+    assert "*.1: not listed: 1 is built unlike 0" in model.explain_sites()
+    with pytest.raises(UnknownName, match="1 is built unlike 0"):
+        model.site("mlp.1")
+
+
+def test_a_residual_that_is_written_in_place_is_read_as_it_was() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.act, self.down = (
+                nn.LayerNorm(4),
+                nn.Linear(4, 6),
+                nn.ReLU(inplace=True),
+                nn.Linear(6, 4),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += self.down(self.act(self.up(self.norm(x))))
+            return x
+
+    module = nn.Sequential(InPlace(), InPlace())
+    x = torch.randn(5, 4)
+    read = pc.load(module).activations(x.clone(), ["resid_pre.0", "resid_post.0", "resid_post.1", "module:0.up"])
+    with torch.no_grad():
+        before = module[0].up(module[0].norm(x))
+        first = module[0](x.clone())
+        second = module[1](first.clone())
+    assert torch.equal(read["resid_pre.0"], x)
+    assert torch.equal(read["resid_post.0"], first) and torch.equal(read["resid_post.1"], second)
+    assert torch.equal(read["module:0.up"], before)

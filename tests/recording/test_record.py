@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.recording import tiny
+from tests.recording.tiny import CASES, Rows, alone
 from torch import nn
 
 import patchclamp as pc
 from patchclamp.recording import SiteRecording
-from tests.recording import tiny
-from tests.recording.tiny import CASES, Rows, alone
 
 TEXTS = tiny.texts()
 TARGETS = tiny.texts(len(TEXTS), longest=9, seed=1)
@@ -32,8 +32,8 @@ def summaries() -> list[pc.Summary]:
     ]
 
 
-def recorded(model: pc.Model, data: Any, sites: Sequence[str], **options: Any) -> pc.Recording:
-    return pc.record(model, data, list(sites), summaries(), **({"batch_tokens": 40, "progress": False} | options))
+def recorded(model: pc.Model, data: Any, sites: Iterable[str], **options: Any) -> pc.Recording:
+    return tiny.recorded(model, data, list(sites), summaries(), **options)
 
 
 def agrees(site: SiteRecording, rows: Rows, tolerance: float) -> None:

@@ -19,11 +19,15 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from patchclamp.model import Model
+from patchclamp.recording import Recording, record
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-WORDS = tuple(
+_WORDS = (
     "the a of to in is not if else return returns returned raise raises error errors value values list lists "
-    "item items key keys file files open opens read reads write loop call calls name path , . ; ( )".split()
+    "item items key keys file files open opens read reads write loop call calls name path , . ; ( )"
 )
+WORDS = tuple(_WORDS.split())
 VOCABULARY = len(SPECIAL) + len(WORDS)
 WIDTH, HIDDEN, LAYERS = 16, 24, 2
 
@@ -39,7 +43,11 @@ def tokenizer(
         made.post_processor = TemplateProcessing(single=template, special_tokens=special)
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | ({"pad_token": "[PAD]"} if pad else {})
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, padding_side=side, model_max_length=max_length, clean_up_tokenization_spaces=False, **names
+        tokenizer_object=made,
+        padding_side=side,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        **names,
     )
 
 
@@ -98,9 +106,7 @@ def albert() -> nn.Module:
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=HIDDEN, n_layer=LAYERS, n_head=2, n_positions=64
-    )
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=HIDDEN, n_layer=LAYERS, n_head=2, n_positions=64)
     return seeded(GPT2LMHeadModel(config))
 
 
@@ -151,10 +157,10 @@ def t5() -> nn.Module:
         num_layers=LAYERS,
         num_heads=2,
         feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=3,
     )
+    config.decoder_start_token_id = 0
     return seeded(T5ForConditionalGeneration(config))
 
 
@@ -175,8 +181,23 @@ def vit() -> nn.Module:
     )
 
 
+class Words(nn.Module):
+    """No sequence, only words: an embedding, neurons, and what they write."""
+
+    def __init__(self, neurons: int = HIDDEN) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+        self.first, self.last = nn.Linear(WIDTH, neurons), nn.Linear(neurons, 2)
+        seeded(self)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(self.table(input_ids))))
+
+
 def mlp() -> nn.Module:
-    return seeded(nn.Sequential(nn.Linear(5, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 3)))
+    return seeded(
+        nn.Sequential(nn.Linear(5, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 3))
+    )
 
 
 @dataclass(frozen=True)
@@ -233,14 +254,15 @@ def alone(
     special: bool = False,
 ) -> dict[str, Rows]:
     """Run each text by itself, unpadded. `special` counts the tokens that the tokenizer adds too."""
+    config: Any = module.config
     parts: dict[str, list[tuple[np.ndarray, ...]]] = {site: [] for site in sites}
     for example, text in enumerate(given):
         ids, added = _encoded(words, text)
         inputs = {"input_ids": torch.tensor([ids])}
         reads = {"": (ids, [flag and not special for flag in added])}
-        if getattr(module.config, "is_encoder_decoder", False):
+        if config.is_encoder_decoder:
             to_write, added = (ids, added) if targets is None else _encoded(words, targets[example])
-            shifted = [int(module.config.decoder_start_token_id), *to_write[:-1]]
+            shifted = [config.decoder_start_token_id, *to_write[:-1]]
             inputs["decoder_input_ids"] = torch.tensor([shifted])
             reads["decoder"] = (shifted, [flag and not special for flag in [True, *added[:-1]]])
         for site, values in captured(module, sites, inputs).items():
@@ -248,7 +270,9 @@ def alone(
             position = np.flatnonzero(~np.asarray(skipped, bool))
             values = values.reshape(-1, values.shape[-1])
             assert len(values) == len(tokens)
-            parts[site].append((values[position], np.full(len(position), example), position, np.asarray(tokens)[position]))
+            parts[site].append(
+                (values[position], np.full(len(position), example), position, np.asarray(tokens)[position])
+            )
     return {site: Rows(*(np.concatenate(each) for each in zip(*found, strict=True))) for site, found in parts.items()}
 
 
@@ -281,3 +305,18 @@ def captured(module: nn.Module, sites: dict[str, tuple[str, bool]], inputs: Any)
 def _encoded(words: Any, text: str) -> tuple[list[int], list[bool]]:
     read = words(text, return_special_tokens_mask=True)
     return list(read["input_ids"]), [bool(flag) for flag in read["special_tokens_mask"]]
+
+
+def recorded(model: Model, data: Any, sites: Any = "mlp.*", summaries: Any = None, **options: Any) -> Recording:
+    """A quiet recording in several batches."""
+    return record(model, data, sites, summaries, **({"batch_tokens": 40, "progress": False} | options))
+
+
+def weight(model: Model, path: str) -> torch.Tensor:
+    """A weight of a model, to be changed in place."""
+    return dict(model.module.named_parameters())[path].data
+
+
+def state_of(module: nn.Module) -> list[tuple[int, int, bool]]:
+    """Hooks and modes of every part."""
+    return [(len(each._forward_hooks), len(each._forward_pre_hooks), each.training) for each in module.modules()]

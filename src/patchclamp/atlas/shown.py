@@ -23,9 +23,15 @@ def visible(text: str) -> str:
 
 
 def visible_token(token: str) -> str:
-    """A token on its own: as `visible`, without the spaces around it; one of spaces only shows them as ␣."""
-    shown = visible(token)
-    return shown.strip() or "␣" * len(shown) or "(empty)"
+    """A token on its own, in a list: as `visible`, with the spaces at its edges drawn.
+
+    The space before a word is part of its token, and tells " back" from the "back" in "feedback".
+
+    Example:
+        >>> visible_token(" back"), visible_token("back"), visible_token("")
+        ('␣back', 'back', '(empty)')
+    """
+    return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), visible(token)) or "(empty)"
 
 
 def _code(character: str) -> str:

@@ -43,7 +43,10 @@ def draw_summary(atlas: Atlas, striking: int = 5) -> RenderableType:
     manifest, found = atlas.manifest, atlas.striking
     data, model = manifest["data"], manifest["model"]
     lines: list[RenderableType] = [
-        _title(visible(str(model["name"])), f"{len(atlas):,} neurons at {len(manifest['sites'])} sites"),
+        _title(
+            visible(str(model["name"])),
+            f"{len(atlas):,} neurons at {len(manifest['sites'])} site{'s' * (len(manifest['sites']) != 1)}",
+        ),
         Text(
             f"recorded on {number(data['tokens'])} tokens of {number(data['examples'])} examples "
             f"of {visible(str(data['name']))}"

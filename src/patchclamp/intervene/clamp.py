@@ -23,7 +23,10 @@ def clamp(neurons: Neurons, value: float | Sequence[float]) -> Intervention:
         DataError: a value is not a finite number, or there are not as many as neurons.
     """
     checked_neurons(neurons, "clamp")
-    values = np.asarray(value, dtype=np.float64)
+    try:
+        values = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"clamp() takes one number, or one per neuron, not {value!r:.60}") from error
     if values.ndim == 0:
         values = np.full(len(neurons), float(values))
     if values.shape != (len(neurons),):

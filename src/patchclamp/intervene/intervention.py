@@ -15,7 +15,7 @@ from patchclamp.neurons import Neurons
 Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervention:
     """Replace the activation of each neuron by `factor * activation + value`, at every position.
 
@@ -33,6 +33,16 @@ class Intervention:
     neurons: Neurons
     factor: float
     values: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Intervention)
+            and (self.kind, self.factor, self.neurons) == (other.kind, other.factor, other.neurons)
+            and self.values.keys() == other.values.keys()
+            and all(np.array_equal(each, other.values[site]) for site, each in self.values.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     def edits(self, model: Model) -> dict[str, Edit]:
         """Site -> function from the site's tensor `[..., size]` to the changed one (a new tensor, same type).

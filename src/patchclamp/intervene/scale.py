@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from patchclamp.errors import DataError
 from patchclamp.intervene.intervention import Intervention, checked_neurons
@@ -16,6 +17,6 @@ def scale(neurons: Neurons, factor: float) -> Intervention:
         DataError: the factor is not a finite number.
     """
     checked_neurons(neurons, "scale")
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+    if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
         raise DataError(f"scale() takes a finite number, not {factor!r}")
     return Intervention("scale", neurons, float(factor))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from patchclamp.errors import MissingExtra, ModelError
@@ -60,17 +61,27 @@ def load(
         raise ModelError(f"cannot load {type(source).__name__}: give a name, a folder or a torch.nn.Module")
     name, where = str(source), _resolve(str(source))
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    device = None if device is None else _device(device)
     config = _config(name, where, options)
-    on_processor = device is None or torch.device(device).type == "cpu"
+    on_processor = device is None or device.type == "cpu"
     module = _module(name, where, config, dtype or (torch.float32 if on_processor else "auto"), options)
     if device is not None:
-        module = module.to(device)  # type: ignore[arg-type]
+        module = module.to(device)
     module.eval()
     if tokenizer is None:
         tokenizer = _found_tokenizer(where, options)
     if processor is None:
         processor = _found_processor(where, options)
-    return Model(module, _tokenizer(tokenizer, options), processor, name)
+    return Model(module, _tokenizer(tokenizer, {"trust_remote_code": trust_remote_code}), processor, name)
+
+
+def _device(named: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(named)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ModelError(f"cannot load onto the device {named!r}: {_first_line(error)}") from error
+    return device
 
 
 def _resolve(source: str) -> str:
@@ -111,23 +122,24 @@ def _config(name: str, where: str, options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        aliases = ", ".join(_PACKAGED)
-        raise ModelError(
-            f"cannot load {name!r}: it is no folder and no alias ({aliases}), and the hub gave: {_first_line(error)}"
-        ) from error
+        tried = f"it is no folder and no alias ({', '.join(_PACKAGED)}), and the hub gave: "
+        tried = "" if Path(where).is_dir() else tried
+        raise ModelError(f"cannot load {name!r}: {tried}{_first_line(error)}") from error
 
 
 def _module(name: str, where: str, config: Any, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
     import transformers
 
-    architectures = getattr(config, "architectures", None) or []
-    chosen = next((getattr(transformers, each) for each in architectures if hasattr(transformers, each)), None)
+    named = [getattr(transformers, each, None) for each in getattr(config, "architectures", None) or []]
+    models = [each for each in named if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel)]
+    chosen = models[0] if models else None
     # Code from the repository registers itself with the Auto classes, not under its own name.
     automatic = transformers.AutoModelForCausalLM if _is_remote_decoder(config) else transformers.AutoModel
     try:
         with _quiet():
-            return (chosen or automatic).from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            # Other formats than safetensors are pickles.
+            return (chosen or automatic).from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the weights of {name!r}: {_first_line(error)}") from error
 
 
@@ -137,20 +149,26 @@ def _is_remote_decoder(config: Any) -> bool:
 
 def _tokenizer(tokenizer: Any, options: dict[str, Any]) -> Any:
     if isinstance(tokenizer, (str, Path)):
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(_resolve(str(tokenizer)), **options)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the tokenizer {str(tokenizer)!r}: {_first_line(error)}") from error
+        return _loaded_tokenizer(_resolve(str(tokenizer)), options)
     if tokenizer is not None and not callable(tokenizer):
         raise ModelError(f"a tokenizer turns texts into ids; {type(tokenizer).__name__} cannot be called")
     return tokenizer
 
 
-def _found_tokenizer(where: str, options: dict[str, Any]) -> Any:
+def _loaded_tokenizer(where: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    try:
+        loaded = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:  # a damaged file makes tokenizers raise whatever went wrong
+        hint = "give one with tokenizer="
+        raise ModelError(f"cannot load the tokenizer of {where!r} ({hint}): {_first_line(error)}") from error
+    if getattr(loaded, "vocab_size", None) == 0:  # what transformers makes where it finds no file
+        raise ModelError(f"{where!r} has no tokenizer: give one with tokenizer=")
+    return loaded
+
+
+def _found_tokenizer(where: str, options: dict[str, Any]) -> Any:
     folder = Path(where)
     names = (
         "tokenizer.json",
@@ -163,8 +181,8 @@ def _found_tokenizer(where: str, options: dict[str, Any]) -> Any:
     if folder.is_dir() and not any((folder / each).is_file() for each in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError, ImportError):
+        return _loaded_tokenizer(where, options)
+    except ModelError:
         if folder.is_dir():
             raise
         return None  # a model on the hub that reads no text

@@ -79,7 +79,8 @@ class TokenReader:
             return token.replace("▁", " ")
         if self._is_byte_level:
             return self._tokenizer.convert_tokens_to_string([token])
-        return token
+        # Without a decoder of its own, a tokenizer puts spaces between the tokens.
+        return f" {token}" if self._has_no_decoder else token
 
     @property
     def _is_wordpiece(self) -> bool:
@@ -89,6 +90,10 @@ class TokenReader:
     def _is_byte_level(self) -> bool:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         return "ByteLevel" in type(getattr(backend, "decoder", None)).__name__ or backend is None
+
+    @property
+    def _has_no_decoder(self) -> bool:
+        return getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None) is None
 
     def _kind(self, name: str) -> bool:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)

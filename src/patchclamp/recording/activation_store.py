@@ -38,10 +38,10 @@ class StoredArray:
         shape, dtype, chunks: as those of the Zarr array.
     """
 
-    def __init__(self, array: Any, find_damage: Callable[[], None]) -> None:
+    def __init__(self, array: Any, find_damage: Callable[[], None], owner: object) -> None:
         self.zarr = array
         self.shape, self.dtype, self.chunks = array.shape, array.dtype, array.chunks
-        self._find_damage = find_damage
+        self._find_damage, self._owner = find_damage, owner
 
     def __getitem__(self, part: Any) -> np.ndarray:
         """A part of the array.
@@ -65,12 +65,18 @@ class StoredArray:
         return f"StoredArray({list(self.shape)} {self.dtype})"
 
 
-def opened_activations(folder: Path, site: str, find_damage: Callable[[], None] = lambda: None) -> StoredActivations:
-    """The arrays of one site, read only. `find_damage` is called where a chunk cannot be read, to name the file."""
+def opened_activations(
+    folder: Path, site: str, find_damage: Callable[[], None] = lambda: None, owner: object = None
+) -> StoredActivations:
+    """The arrays of one site, read only.
+
+    `find_damage` is called where a chunk cannot be read, to name the file. `owner` lives as long as the arrays:
+    a temporary folder goes with its last reader.
+    """
     import zarr
 
     group: Any = zarr.open_group(zarr_group(folder, site), mode="r")
-    return StoredActivations(*(StoredArray(group[name], find_damage) for name in ("values", *_INDICES)))
+    return StoredActivations(*(StoredArray(group[name], find_damage, owner) for name in ("values", *_INDICES)))
 
 
 def zarr_group(folder: Path, site: str) -> Path:

@@ -157,12 +157,10 @@ def _kept_in_memory(run: Run, activations: bool, progress: bool) -> Recording:
         return run.go(progress)
     folder = tempfile.TemporaryDirectory(prefix="patchclamp-")
     try:
-        recording = run.go(progress, Path(folder.name))
+        return run.go(progress, Path(folder.name), owner=folder)
     except BaseException:
         folder.cleanup()
         raise
-    recording.temporary = folder
-    return recording
 
 
 def _templates(summaries: Sequence[Summary | type[Summary]] | None, labels: bool, tokens: bool) -> dict[str, Summary]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -81,8 +80,6 @@ class Recording:
     labels_of_examples: dict[int, dict[str, str]]
     path: Path | None = None
     activations_folder: Path | None = None
-    # Keeps a temporary folder with activations as long as the recording lives.
-    temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     def __getitem__(self, site: str | Site) -> SiteRecording:
         name = site.name if isinstance(site, Site) else site

@@ -58,8 +58,14 @@ class Run:
         self.calibration: dict[str, Calibration] = {}
         self.tokens, self.named_tokens = self._slots()
 
-    def go(self, show: bool, folder: Path | None = None) -> Recording:
-        """Run the model over the data and give the recording; write every activation into `folder`, if one is given."""
+    def go(self, show: bool, folder: Path | None = None, owner: object = None) -> Recording:
+        """Run the model over the data and give the recording.
+
+        Args:
+            show: draw progress bars.
+            folder: write every activation there.
+            owner: lives as long as these activations can be read.
+        """
         if any(module.training for module in self.model.module.modules()):
             _warn("the model is in training mode; it is recorded in evaluation mode")
         expected = self._expected_bytes()
@@ -79,7 +85,7 @@ class Run:
                 bar.advance(read.tokens)
         for writer in self.writers.values():
             writer.close()
-        return self._finish(folder)
+        return self._finish(folder, owner)
 
     # While it runs ----------------------------------------------------------------------------------
 
@@ -183,12 +189,12 @@ class Run:
 
     # The recording ----------------------------------------------------------------------------------
 
-    def _finish(self, folder: Path | None) -> Recording:
+    def _finish(self, folder: Path | None, owner: object) -> Recording:
         by_site = {}
         for site in self.sites:
             summaries, count = self.accumulators[site.name], self.counts[site.name]
             sized = replace(site, size=next(iter(summaries.values())).size)
-            kept = None if folder is None else opened_activations(folder, site.name)
+            kept = None if folder is None else opened_activations(folder, site.name, owner=owner)
             found = self.nonfinite.get(site.name, {"nan": 0, "infinite": 0, "rows": 0})
             if found["rows"]:
                 _warn(

@@ -72,10 +72,12 @@ function spelled(text) {
   });
 }
 
-// A token on its own, in a list: without the spaces around it, and something to see where that leaves nothing.
+// A token on its own, in a list. The space before a word is part of its token, and tells " back" from the
+// "back" in "feedback": it is drawn, as is any other space at the edges.
+const SPACES = { " ": "␣", "\n": "⏎", "\t": "⇥" };
+
 export function loneToken(text) {
-  const bare = text.replace(/^ +| +$/g, "");
-  if (bare.trim()) return element("bdi", { class: "token" }, bare);
-  const shown = [...text].map((character) => ({ " ": "␣", "\n": "⏎", "\t": "⇥" })[character] ?? character).join("");
-  return element("bdi", { class: "token faint" }, shown || "(empty)");
+  const [, before, word, after] = text.match(/^([ \n\t]*)([^]*?)([ \n\t]*)$/);
+  const drawn = (spaces) => spaces && element("span", { class: "code" }, [...spaces].map((each) => SPACES[each]).join(""));
+  return element("bdi", { class: "token" }, text ? [drawn(before), word, drawn(after)] : "(empty)");
 }

@@ -18,7 +18,7 @@ export function recordingFacts(about) {
 }
 
 function strikingWords(striking) {
-  const what = "strong firings gather on a family of words (purity), and reach most of its occurrences (coverage).";
+  const what = "strong firings gather on a family of words (purity), and reach many of its occurrences (coverage).";
   if (!striking) return `No neuron is striking: of none the ${what}`;
   return `${number(striking)} of them ${striking === 1 ? "is" : "are"} striking (★): ${striking === 1 ? "its" : "their"} ${what}`;
 }
@@ -32,7 +32,9 @@ function details(about) {
     ...Object.entries(about.labels).map(([label, values]) => [`Label “${label}”`, values.join(", ")]),
   ];
   const told = facts.filter(([, value]) => value !== undefined && value !== null && value !== "");
-  const sites = about.sites.map((site) => [site.name, site.kind, String(site.layer ?? ""), number(site.size), site.activation ?? ""]);
+  const sites = about.sites.map((site) => [
+    site.name, site.kind, String(site.layer ?? ""), number(site.size), site.activation ?? "",
+  ]);
   const heads = ["Site", "Kind", "Layer", "Neurons", "Nonlinearity"];
   return element(
     "div", { class: "about" },
