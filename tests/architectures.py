@@ -6,8 +6,7 @@ forgotten shows. Nothing here comes from patchclamp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,9 +34,9 @@ from transformers import (
 )
 
 WIDTH, NEURONS, LAYERS, HEADS = 16, 24, 2, 4
-WORDS = "the cat sat on a mat while two dogs ran home and it rained all day long so they stayed in".split()
 TEXTS = ["the cat sat on a mat", "rained", "two dogs ran home and they stayed in all day long", "it sat"]
 PAD, START, END, UNKNOWN = "[PAD]", "[CLS]", "[SEP]", "[UNK]"
+WORDS = sorted({word for text in TEXTS for word in text.split()})
 VOCABULARY = {word: number for number, word in enumerate([UNKNOWN, PAD, START, END, *WORDS])}
 
 
@@ -90,7 +89,7 @@ class Place:
         return replace(self, module=self.module.format(layer), reads=reads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One family: how to build it, what it reads, and the sites it ought to have.
 
@@ -135,33 +134,6 @@ class Architecture:
 
     def __str__(self) -> str:
         return self.name
-
-
-def call(module: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The first tensor that the network returns: last hidden states, or logits."""
-    output = module(**inputs)
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-@contextmanager
-def watching(module: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Path of a submodule -> (what it was given, what it returned) at its last call, by plain PyTorch."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def hook(path: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            given = args[0] if args else next(iter(kwargs.values()))
-            returned = output if isinstance(output, torch.Tensor) else output[0]
-            seen[path] = given.detach().clone(), returned.detach().clone()
-
-        return keep
-
-    handles = [module.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _texts(*names: str) -> Callable[[str], dict[str, Any]]:

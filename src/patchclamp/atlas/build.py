@@ -24,6 +24,9 @@ from patchclamp.recording.record import prepare
 from patchclamp.storage import new_folder, write_manifest
 
 
+_ROWS_TOGETHER = {"examples": 2000, "histograms": 500}
+
+
 def build(
     model: Model | nn.Module,
     data: Any,
@@ -89,7 +92,8 @@ def _write_tables(recording: Recording, folder: Path) -> None:
         "histograms": histograms_table(recording),
     }
     for name, table in tables.items():
-        table.write_parquet(folder / f"{name}.parquet")
+        # Small groups of rows, so that the card of one neuron is read without the rest.
+        table.write_parquet(folder / f"{name}.parquet", row_group_size=_ROWS_TOGETHER.get(name))
 
 
 def _manifest(recording: Recording, correlate_tokens: int) -> dict[str, Any]:

@@ -129,7 +129,11 @@ def _facts(recording: Recording, name: str) -> pl.DataFrame:
             "max": each.min_max.max.astype(np.float64),
         }
     )
-    quantiles = [pl.Series(f"q{round(q * 100):02d}", each.histogram.quantile(q)) for q in _QUANTILES]
+    # A quantile is read off bins, whose edges may lie outside of what was seen.
+    low, high = each.min_max.min, each.min_max.max
+    quantiles = [
+        pl.Series(f"q{round(q * 100):02d}", np.clip(each.histogram.quantile(q), low, high)) for q in _QUANTILES
+    ]
     table = table.with_columns(*quantiles)
     if "by_token" in each.summaries:
         families = family_scores(recording, name).select("family", "purity", "coverage", "score")
