@@ -23,7 +23,6 @@ from patchclamp.recording import Recording
 from patchclamp.recording.record import prepare
 from patchclamp.storage import new_folder, write_manifest
 
-
 _ROWS_TOGETHER = {"examples": 2000, "histograms": 500}
 
 

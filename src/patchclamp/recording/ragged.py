@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterator
 from typing import IO
@@ -16,6 +17,7 @@ class Ragged:
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="patchclamp-")  # noqa: SIM115 - lives with the object
+        weakref.finalize(self, self._file.close)
         self._lengths = array("q")
         self._digest = hashlib.sha256()
         self._ends = np.zeros(0, np.int64)
