@@ -160,7 +160,7 @@ def _numbers(name: str, *shape: int) -> Callable[[str], dict[str, Any]]:
 
 def bert(**options: Any) -> nn.Module:
     """BERT; `options` are those of its configuration."""
-    return BertModel(BertConfig(**(_ENCODER | options)))
+    return BertModel(BertConfig(**dict(_ENCODER, **options)))
 
 
 def opt(before: bool) -> nn.Module:
@@ -194,9 +194,12 @@ def t5(feed_forward: str) -> nn.Module:
             feed_forward_proj=feed_forward,
             pad_token_id=1,
             eos_token_id=3,
-            decoder_start_token_id=1,
+            **OF_GENERATION,
         )
     )
+
+
+OF_GENERATION: dict[str, Any] = {"decoder_start_token_id": 1}
 
 
 def gpt_neox(parallel: bool) -> nn.Module:
@@ -246,11 +249,11 @@ _ENCODER: dict[str, Any] = {
 
 
 def _single(
-    blocks: str, attention: str, output: str, activation: str, attention_size: int = WIDTH, **reads: str
+    blocks: str, attention: str, output: str, activation: str, into: str = "", attention_size: int = WIDTH
 ) -> dict[str, Place]:
     return {
         "attn": Place(f"{blocks}.{attention}", attention_size, heads=HEADS),
-        "mlp": Place(f"{blocks}.{output}", NEURONS, activation, {n: f"{blocks}.{path}" for n, path in reads.items()}),
+        "mlp": Place(f"{blocks}.{output}", NEURONS, activation, {"in": f"{blocks}.{into}"}),
     }
 
 
@@ -272,7 +275,7 @@ BERT = Architecture(
     "bert",
     bert,
     _texts("input_ids", "attention_mask", "position_ids"),
-    _single("encoder.layer.{}", "attention.output.dense", "output.dense", "gelu", **{"in": "intermediate.dense"}),
+    _single("encoder.layer.{}", "attention.output.dense", "output.dense", "gelu", "intermediate.dense"),
     {"": "encoder.layer.{}"},
     ("attention.output.LayerNorm", "output.LayerNorm"),
 )
@@ -297,15 +300,15 @@ GPT2 = Architecture(
         )
     ),
     _texts("input_ids", "attention_mask", "position_ids"),
-    _single("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "gelu_new", **{"in": "mlp.c_fc"}),
+    _single("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "gelu_new", "mlp.c_fc"),
     {"": "transformer.h.{}"},
 )
 LLAMA = Architecture(
     "llama",
-    lambda: LlamaForCausalLM(LlamaConfig(**(_ENCODER | {"num_key_value_heads": HEADS // 2, "head_dim": 6}))),
+    lambda: LlamaForCausalLM(LlamaConfig(**dict(_ENCODER, num_key_value_heads=HEADS // 2, head_dim=6))),
     _texts("input_ids", "attention_mask", "position_ids"),
     _gated(
-        _single("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "silu", 6 * HEADS),
+        _single("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "silu", attention_size=6 * HEADS),
         "act_fn",
         "gate_proj",
         "up_proj",
@@ -316,7 +319,7 @@ OPT = Architecture(
     "opt",
     lambda: opt(before=True),
     _texts("input_ids", "attention_mask"),
-    _single("decoder.layers.{}", "self_attn.out_proj", "fc2", "relu", **{"in": "fc1"}),
+    _single("decoder.layers.{}", "self_attn.out_proj", "fc2", "relu", "fc1"),
     {"": "decoder.layers.{}"},
 )
 OPT_POST = replace(
@@ -370,7 +373,7 @@ VIT = Architecture(
         )
     ),
     _numbers("pixel_values", 3, 3, 8, 8),
-    _single("layers.{}", "attention.o_proj", "mlp.fc2", "gelu", **{"in": "mlp.fc1"}),
+    _single("layers.{}", "attention.o_proj", "mlp.fc2", "gelu", "mlp.fc1"),
     {"": "layers.{}"},
 )
 SEQUENTIAL = Architecture(

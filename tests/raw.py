@@ -39,9 +39,8 @@ def watching(module: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, tupl
 
 def plain_weights(module: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [inputs, outputs], bias [outputs]) of a projection."""
-    linear = module.get_submodule(path)
+    linear: Any = module.get_submodule(path)
     weight, bias = linear.weight.detach(), getattr(linear, "bias", None)
-    assert isinstance(weight, torch.Tensor)
     weight = weight.T if isinstance(linear, nn.Linear) else weight
     return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
 

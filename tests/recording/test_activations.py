@@ -61,7 +61,7 @@ def test_equal_each_text_run_alone(
 def test_the_files_are_plain_zarr(tmp_path: Path) -> None:
     model = model_of()
     recorded(model, ["mlp.0"], store=tmp_path / "store")
-    group = zarr.open_group(tmp_path / "store" / "activations" / "mlp.0", mode="r")
+    group: Any = zarr.open_group(tmp_path / "store" / "activations" / "mlp.0", mode="r")
     assert group.metadata.zarr_format == 3
     rows = alone(model.module, {"mlp.0": CASES["bert"].sites["mlp.0"]}, model.tokenizer, TEXTS)["mlp.0"]
     equals(StoredActivations(**{name: group[name] for name in StoredActivations._fields}), rows, 1e-12)

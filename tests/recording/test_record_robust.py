@@ -112,7 +112,7 @@ def test_training_mode_is_left_and_put_back() -> None:
     training.module.get_submodule("pooler").eval()
     before = state_of(training.module)
     with pytest.warns(UserWarning, match="training mode") as caught:
-        recording = recorded(training, TEXTS)
+        recording = pc.record(training, TEXTS, batch_tokens=40, progress=False)
     assert caught[0].filename == __file__  # the user's line is blamed, not ours
     assert state_of(training.module) == before
     assert same(recording, recorded(still, TEXTS))

@@ -24,6 +24,7 @@ from patchclamp.recording.summaries import (
     Summary,
     TopExamples,
 )
+from patchclamp.recording.summaries import summary as summary_module
 from patchclamp.recording.thresholds import FractionOfMaximum, OwnQuantile
 
 SIZE = 6
@@ -173,6 +174,14 @@ def test_names() -> None:
         type("Other", (Moments,), {"name": "my summary"})
 
 
+@pytest.fixture
+def no_other_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of its own, without the "energy" of another test."""
+    known = {name: kind for name, kind in summary_module._registry.items() if name != "energy"}
+    monkeypatch.setattr(summary_module, "_registry", known)
+
+
+@pytest.mark.usefixtures("no_other_energy")
 def test_the_recipe_of_the_docstring_makes_a_summary() -> None:
     """The example in the docstring of `Summary`, run as it stands."""
     recipe = re.search(r"```python\n(.*?)```", inspect.getdoc(Summary) or "", re.DOTALL)

@@ -69,20 +69,16 @@ def seeded(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
 def bert(**options: Any) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return seeded(
-        BertModel(
-            BertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                intermediate_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=2,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                **options,
-            )
-        )
-    )
+    usual: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    return seeded(BertModel(BertConfig(**(usual | options))))
 
 
 def albert() -> nn.Module:
