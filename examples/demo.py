@@ -11,10 +11,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 import patchclamp as pc
 from patchclamp.errors import PatchclampError
@@ -40,43 +42,39 @@ def main(folder: Path) -> None:
         f"{len(striking):,} of them answer to one family of words.\n"
     )
     found = pc.find.striking(pc.Recording.open(folder / "recording"), spread=True)
-    console.print(_table(atlas, found[:SHOWN]))
+    console.print(f"The {SHOWN} most striking, the best of each layer first:\n")
+    for row in found[:SHOWN].to_polars().iter_rows(named=True):
+        name = f"{row['site']}:{row['index']}"
+        console.print(Padding(_described(name, row), (0, 0, 0, 2)))
+        console.print(Padding(_example(atlas.neuron(name)), (0, 0, 1, 4)))
     first = found.names[0]
-    console.print("\nLook at one of them in the terminal:")
+    console.print("Look at one of them in the terminal:")
     console.print(f"    .venv/bin/patchclamp neuron {folder} {first}", highlight=False)
     console.print("or at all of them in the browser:")
     console.print(f"    .venv/bin/patchclamp explore {folder}", highlight=False)
 
 
-def _table(atlas: pc.Atlas, found: pc.Neurons) -> Table:
-    table = Table(title="The most striking neuron of each layer, strongest first", title_justify="left", expand=True)
-    table.add_column("neuron", no_wrap=True)
-    table.add_column("fires strongly on", ratio=2)
-    table.add_column("of its strong firings", justify="right")
-    table.add_column("of these words", justify="right")
-    table.add_column("for example", ratio=3)
-    for row in found.to_polars().iter_rows(named=True):
-        name = f"{row['site']}:{row['index']}"
-        table.add_row(
-            name,
-            row["family"],
-            f"{row['purity']:.0%}",
-            f"{row['coverage']:.0%}",
-            _example(atlas.neuron(name)),
-        )
-    return table
+def _described(name: str, row: dict[str, Any]) -> Text:
+    return Text.assemble(
+        (name, "bold cyan"),
+        "  ",
+        (row["family"], "bold"),
+        f"\n{row['purity']:.0%} of its strong firings fall on these words, and {row['coverage']:.0%} of these words "
+        "make it fire strongly.",
+    )
 
 
-def _example(card: pc.NeuronCard) -> str:
+def _example(card: pc.NeuronCard) -> Text:
     row = card.examples.row(0, named=True)
     peak = row["position"] - row["start"]
-    near = range(max(0, peak - 5), min(len(row["tokens"]), peak + 6))
-    # Words of the corpus may hold brackets, which rich would read as markup.
-    from rich.markup import escape
-
-    words = [escape(row["tokens"][place]) for place in near]
-    marked = [f"[reverse]{word}[/reverse]" if place == peak else word for place, word in zip(near, words, strict=True)]
-    return "".join(marked).strip()
+    text = Text("… ", style="dim")
+    for place, word in enumerate(row["tokens"]):
+        if place == peak:
+            # Marked by more than colour: this may go to a file.
+            text.append(" " if word.startswith(" ") else "").append(f"«{word.strip()}»", style="bold not dim")
+        elif abs(place - peak) <= 8:
+            text.append(word, style="not dim")
+    return text.append(" …")
 
 
 if __name__ == "__main__":

@@ -54,14 +54,14 @@ def neighbors(
         for group in groups:
             products = [_Product(left, right) for left, right in group]
             needed = [site for site in sites if any(site in pair for pair in group)]
-            for read in stream(model, corpus, needed, batches):
+            for examples, read in zip(batches, stream(model, corpus, needed, batches), strict=True):
                 values = {name: batch.values for name, batch in read.batches.items()}
                 finite = {name: torch.isfinite(each).all(1) for name, each in values.items()}
                 for product in products:
                     left, right = product.left.name, product.right.name
                     # Left out at both sites, so that the rows of the two stay side by side.
                     product.update(values[left], values[right], finite[left] & finite[right])
-                bar.advance(read.tokens)
+                bar.advance(int(corpus.lengths[examples].sum()))
             frames += [product.best(number) for product in products]
     return pl.concat(frames) if frames else _frame(_EMPTY, "", "", "layer")
 

@@ -143,8 +143,9 @@ class Run:
         total = int(sum(self.corpus.lengths[each].sum() for each in batches))
         seen: dict[str, tuple[MinMax, Histogram]] = {}
         with progress_bar("calibrating thresholds", total, show=show) as bar:
-            for read in stream(self.model, self.corpus, self.sites, batches):
-                bar.advance(read.tokens)
+            reads = stream(self.model, self.corpus, self.sites, batches)
+            for examples, read in zip(batches, reads, strict=True):
+                bar.advance(int(self.corpus.lengths[examples].sum()))
                 for name, whole in read.batches.items():
                     batch, _ = finite_rows(whole)
                     if name not in seen:
