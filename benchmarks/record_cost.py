@@ -28,7 +28,8 @@ def main() -> str:
     """Measure and print; gives the section of the page."""
     model = pc.load("all-MiniLM-L6-v2")
     model.weights_sha256()  # hashed once per loaded model, not once per recording
-    texts = [example.text for example in pc.corpora.python_docs(limit=EXAMPLES)]
+    corpus = pc.corpora.python_docs(limit=EXAMPLES)
+    texts = [example.text for example in corpus]
 
     def summaries() -> list[pc.Summary]:
         return [pc.Moments(), pc.FiringRate(0.0), pc.MinMax(), pc.TopExamples(20)]
@@ -57,7 +58,7 @@ def main() -> str:
     lines = [
         "## Recording against the plain forward pass",
         "",
-        f"all-MiniLM-L6-v2, {len(texts)} texts of {recording.facts['data']['name']} "
+        f"all-MiniLM-L6-v2, {len(texts)} texts of {corpus.name} "
         f"({recording.facts['data']['tokens']:,} tokens), all six MLP sites; `Moments`, `FiringRate(0.0)`, "
         f"`MinMax`, `TopExamples(20)`; batches of {BATCH_TOKENS:,} padded tokens; {PAIRS} adjacent pairs.",
         "",

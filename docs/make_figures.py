@@ -143,10 +143,10 @@ def _pages(atlas: pc.Atlas, found: pc.Neurons, shown: pc.Neurons, null: int) -> 
     head, _, rest = text.partition(start)
     tail = rest.partition(end)[2]
     readme.write_text(f"{head}{start}\n{finding}\n{end}{tail}", encoding="utf-8")
-    _findings(atlas, found, origin)
+    _findings(atlas, found, origin, null)
 
 
-def _findings(atlas: pc.Atlas, found: pc.Neurons, origin: str) -> None:
+def _findings(atlas: pc.Atlas, found: pc.Neurons, origin: str, null: int) -> None:
     lines = [
         "# What the demo finds",
         "",
@@ -154,6 +154,7 @@ def _findings(atlas: pc.Atlas, found: pc.Neurons, origin: str) -> None:
         "",
         "The most striking neurons by turns of the layers, no two for the same family of words. Purity is the share of",
         "their strong firings that fall on the family, coverage the share of its words on which they fire strongly.",
+        f"When the same activations are paired with tokens at random, {null} neurons are striking.",
         "",
         "| neuron | family | purity | coverage | score | an example |",
         "|---|---|---|---|---|---|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from tests.architectures import (
     ROBERTA,
     SEQUENTIAL,
     T5,
-    T5_GATED,
     TEXTS,
     TRANSFORMERS,
     VIT,
@@ -31,13 +31,14 @@ from tests.architectures import (
 )
 from tests.raw import assert_same, hooks_of, watching
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification, DistilBertConfig, DistilBertModel
+from transformers import BartConfig, BartModel, BertForMaskedLM, BertForSequenceClassification
 
 import patchclamp as pc
-from patchclamp.errors import DataError, ModelError, SiteNotReached, UnknownName
+from patchclamp.errors import DataError, ModelError, SiteNotReached
 from patchclamp.model.inspection import inspect
 from patchclamp.model.probe import probe
 
+BART_PARTS = [("layers", 2), ("ffn_dim", NEURONS), ("attention_heads", 4)]
 readers = pytest.mark.parametrize("architecture", [BERT, GPT2, LLAMA, OPT, ROBERTA], ids=str)
 
 
@@ -46,94 +47,8 @@ def model() -> pc.Model:
     return pc.load(BERT.build(), tokenizer=tokenizer(special=True))
 
 
-# Selecting ------------------------------------------------------------------------------------------
-
-
 def names(sites: Any) -> list[str]:
     return [site.name for site in sites]
-
-
-def test_select_by_name_glob_range_and_list(model: pc.Model) -> None:
-    assert names(model.select("mlp.1")) == ["mlp.1"]
-    assert names(model.select("mlp.*")) == ["mlp.0", "mlp.1"]
-    assert names(model.select("mlp.[1-4]")) == ["mlp.1"]
-    assert names(model.select("resid_*.0")) == ["resid_pre.0", "resid_mid.0", "resid_post.0"]
-    assert names(model.select("*.1")) == ["resid_pre.1", "attn.1", "resid_mid.1", "mlp.1", "resid_post.1"]
-    assert model.select([]) == []
-
-
-def test_selected_sites_come_once_and_in_the_order_of_the_model(model: pc.Model) -> None:
-    chosen = model.select(["mlp.1", model.sites["attn.0"], "mlp.*", "attn.0"])
-    assert names(chosen) == ["attn.0", "mlp.0", "mlp.1"]
-    assert names(model.select(["module:embeddings", "mlp.0"])) == ["mlp.0", "module:embeddings"]
-
-
-def test_globs_match_every_stack() -> None:
-    model = pc.load(T5_GATED.build())
-    assert names(model.select("mlp.*")) == ["encoder.mlp.0", "encoder.mlp.1", "decoder.mlp.0", "decoder.mlp.1"]
-    assert names(model.select("gate.1")) == ["encoder.gate.1", "decoder.gate.1"]
-    assert names(model.select("attn.*")) == [f"{stack}.attn.{n}" for stack in ("encoder", "decoder") for n in range(2)]
-    assert names(model.select("cross_attn.*")) == ["decoder.cross_attn.0", "decoder.cross_attn.1"]
-    assert names(model.select("encoder.mlp.*")) == ["encoder.mlp.0", "encoder.mlp.1"]
-
-
-def test_mlp_1_is_not_mlp_10() -> None:
-    block = [nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(12)]
-    model = pc.load(nn.ModuleList(block))
-    assert names(model.select("mlp.1")) == ["mlp.1"]
-    assert names(model.select("mlp.1*")) == ["mlp.1", "mlp.10", "mlp.11"]
-    assert names(model.select("mlp.*"))[2] == "mlp.2"
-
-
-@pytest.mark.parametrize("wrong", ["mpl.1", "mlp.7", "mlp", "attention.1", "mlp.[5-9]", ["mlp.0", "mlp.9"]])
-def test_an_unknown_name_lists_the_nearest(model: pc.Model, wrong: Any) -> None:
-    with pytest.raises(UnknownName, match=r"no site is called '.*'\. The nearest: .*\.[01]"):
-        model.select(wrong)
-
-
-def test_what_is_no_name(model: pc.Model) -> None:
-    for wrong in (3, [3], None, [["mlp.0"]]):
-        with pytest.raises(DataError, match=r"a site is named by a text such as 'mlp\.3' or 'mlp\.\*', not by"):
-            model.select(wrong)  # type: ignore[arg-type]
-
-
-def test_a_module_by_hand(model: pc.Model) -> None:
-    site = model.site("module:encoder.layer.1.output.dense")
-    assert (site.kind, site.size) == ("module", WIDTH)
-    with watching(model.module, ["encoder.layer.1.output.dense"]) as seen:
-        read = model.activations("the cat", site.name)
-    assert torch.equal(read, seen["encoder.layer.1.output.dense"][1][0])
-    assert model.site("module:embeddings").size is None
-    with pytest.raises(UnknownName, match=r"no module is called 'encoder\.layer\.1\.output\.dens'\. The nearest: enc"):
-        model.select("module:encoder.layer.1.output.dens")
-    with pytest.raises(UnknownName, match="no module is called ''"):
-        model.select("module:nonsense*").clear() if False else model.select("module:")
-
-
-@pytest.mark.parametrize("module", [nn.Conv2d(3, 3, 3), nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), nn.LSTM(3, 4)])
-def test_an_unsupported_model_says_what_was_looked_for_and_how_to_name_a_site(module: nn.Module) -> None:
-    model = pc.load(module)
-    assert not model.sites and "no sites" in repr(model)
-    message = r"looked for a list of blocks of one class, each with a projection d -> n and later one n -> d.*module:"
-    with pytest.raises(UnknownName, match=message):
-        model.select("mlp.*")
-    with pytest.raises(UnknownName, match=message):
-        model.site("mlp.0")
-    assert "mlp.*: not listed: looked for" in model.explain_sites()
-
-
-def test_the_module_that_the_hint_names_can_be_read() -> None:
-    model = pc.load(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()))
-    hint = model.explain_sites().rpartition(" ")[2]
-    assert model.activations(torch.ones(1, 3, 4, 4), hint).shape == (1, 3, 2, 2)
-
-
-def test_neurons_are_a_table_of_all_of_them(model: pc.Model) -> None:
-    neurons = model.neurons()
-    assert len(neurons) == LAYERS * NEURONS and neurons.sites == ["mlp.0", "mlp.1"]
-    assert len(model.neurons(["attn.1", "mlp.0"])) == WIDTH + NEURONS
-    with pytest.raises(ModelError, match="the number of neurons of module:embeddings is not known"):
-        model.neurons("module:embeddings")
 
 
 # Running --------------------------------------------------------------------------------------------
@@ -184,13 +99,15 @@ def test_one_text_is_a_batch_of_one_and_keywords_may_be_added(model: pc.Model) -
 
 
 def test_what_cannot_be_read_as_texts(model: pc.Model) -> None:
-    for call in (model, model.embed, lambda x: model.activations(x, "mlp.0")):
+    calls: list[Callable[[Any], Any]] = [model, model.embed, lambda x: model.activations(x, "mlp.0")]
+    for call in calls:
         with pytest.raises(DataError, match="there are no texts: the list is empty"):
             call([])
         with pytest.raises(DataError, match="text 1 is not a text but int: 3"):
             call(["the", 3])
     bare = pc.load(BERT.build(), tokenizer=tokenizer())
-    for call in (bare, bare.embed, lambda x: bare.activations(x, "mlp.0")):
+    calls = [bare, bare.embed, lambda x: bare.activations(x, "mlp.0")]
+    for call in calls:
         with pytest.raises(DataError, match="the text '' has no tokens"):
             call(["the", ""])
     with pytest.raises(ModelError, match=r"a text needs a tokenizer and this model has none: pc\.load\(module, tok"):
@@ -254,13 +171,18 @@ def test_both_stacks_of_an_encoder_decoder_carry_their_tokens() -> None:
     assert list(model.activations("it", "decoder.mlp.0").shape) == [1, NEURONS]
 
 
-def test_a_site_that_this_input_never_reaches() -> None:
-    model = pc.load(T5.build())
-    with pytest.raises(SiteNotReached, match=r"never reached decoder\.mlp\.0: the module decoder\.block\.0\.layer"):
-        pc.load(model.module.get_submodule("encoder")).activations(torch.tensor([[4]]), "mlp.0")
-        with model.evaluating():
-            model.module.get_submodule("encoder")(torch.tensor([[4]]))
-        model.activations({"encoder_outputs": None}, "decoder.mlp.0")
+def test_a_site_that_a_pass_never_reaches() -> None:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model = pc.load(Shortcut())
+    with pytest.raises(SiteNotReached, match=r"never reached mlp\.1: the module third was not called"):
+        model.activations(torch.ones(3, 4), "mlp.*")
 
 
 def test_logits() -> None:
@@ -361,14 +283,18 @@ def test_the_tokenizers_side_is_kept_where_positions_can_be_told(architecture: A
     assert inputs["position_ids"].tolist() == [[0, 0], [0, 1]]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_model_that_cannot_be_told_positions_is_padded_on_the_right(side: str) -> None:
-    config = DistilBertConfig(vocab_size=len(VOCABULARY), dim=WIDTH, hidden_dim=NEURONS, n_layers=2, n_heads=4)
-    for module in (DistilBertModel(config), ROBERTA.build(), T5.build()):
-        model = pc.load(module.eval(), tokenizer=tokenizer(side=side))
-        if model.safe_padding_side == "right":
-            assert model.inputs(["it", "it sat"])["attention_mask"].tolist() == [[1, 0], [1, 1]]
-    assert pc.load(T5.build(), tokenizer=tokenizer(side="left")).safe_padding_side == "right"
+def test_a_model_that_cannot_be_told_positions_is_padded_on_the_right() -> None:
+    of_bart: dict[str, Any] = {f"{stack}_{part}": n for stack in ("encoder", "decoder") for part, n in BART_PARTS}
+    bart = BartModel(BartConfig(vocab_size=len(VOCABULARY), d_model=WIDTH, **of_bart)).eval().double()
+    for module in (bart, ROBERTA.build(torch.float64), T5.build(torch.float64)):
+        model = pc.load(module, tokenizer=tokenizer(side="left"))
+        assert model.safe_padding_side == "right"
+        assert model.inputs(["it", "it sat"])["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    model = pc.load(bart, tokenizer=tokenizer(side="left"))
+    batch = rows_of_batch(model, TEXTS, "encoder.layers.1.fc2")
+    alone = [model.activations(text, "encoder.mlp.1") for text in TEXTS]
+    for rows, each in zip(batch, alone, strict=True):
+        torch.testing.assert_close(rows, torch.as_tensor(each.clone()), rtol=1e-9, atol=1e-9)
 
 
 def test_the_users_tokenizer_is_not_changed() -> None:

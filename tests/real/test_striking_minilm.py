@@ -1,4 +1,4 @@
-"""`find.striking` on all-MiniLM-L6-v2 and the documentation of this Python: neurons for words exist, chance gives none."""
+"""`find.striking` on all-MiniLM-L6-v2 and this Python's documentation: neurons for words exist, chance gives none."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def holds_up(real: pc.Recording, null: pc.Recording, at_least: int) -> None:
     assert len(pc.find.striking(null)) == 0
     best, chance = (family_scores(each, site)["score"].to_numpy() for each in (real, null))
     # Not a matter of where the line is drawn.
-    assert best.max() > 5 * chance.max() and chance.max() < 0.1
-    np.testing.assert_array_equal(null[site].by_token.fired_total, real[site].by_token.fired_total)
-    firings, count = real[site].by_token.fired_total, real[site].by_token.count
-    dense = firings > count / 10
-    assert dense.any() and chance[dense].max() < 0.02
+    assert best.max() > 5 * chance.max() and chance.max() < 0.05
+    firings = real[site].by_token.fired_total
+    np.testing.assert_array_equal(null[site].by_token.fired_total, firings)
+    dense = firings >= np.quantile(firings, 0.99)
+    assert chance[dense].max() < 0.03
 
 
 def test_words_are_found_and_chance_is_not(minilm: pc.Model) -> None:
-    holds_up(*both(minilm, "mlp.1", 250), at_least=5)
+    holds_up(*both(minilm, "mlp.1", 200), at_least=5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("site", [f"mlp.{layer}" for layer in range(6)])
 def test_every_layer_on_a_larger_corpus(minilm: pc.Model, site: str) -> None:
     real, null = both(minilm, site, 2000)
-    holds_up(real, null, at_least=20)
+    holds_up(real, null, at_least=5)
     if site == "mlp.1":
         families = [set(family.split(", ")) for family in pc.find.striking(real)["family"].to_list()]
         assert any({"return", "returns"} <= family for family in families)

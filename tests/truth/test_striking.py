@@ -67,8 +67,8 @@ class Layer(nn.Module):
             for word in plant.words.split():
                 drive[words.convert_tokens_to_ids(word), neuron] = 1
             fails[0, neuron], fires[0, neuron] = 1 - plant.coverage, plant.noise
-        # Indexed by the token before and the position: in random texts, that has nothing to do with the token.
-        chance = torch.rand(tiny.VOCABULARY * LONGEST, size, generator=draw)
+        # Indexed by what came before: in random texts, that has nothing to do with the token.
+        chance = torch.rand(tiny.VOCABULARY**2 * LONGEST, size, generator=draw)
         self.drive = nn.Embedding.from_pretrained(drive)
         self.failing = nn.Embedding.from_pretrained((chance < fails).float())
         self.firing = nn.Embedding.from_pretrained((chance > 1 - fires).float())
@@ -86,8 +86,8 @@ class Planted(nn.Module):
         self.early, self.late = Layer(EARLY, 0), Layer(LATE, 1)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        before = torch.nn.functional.pad(input_ids, (1, 0))[:, :-1]
-        context = before * LONGEST + torch.arange(input_ids.shape[1])
+        before, earlier = (nn.functional.pad(input_ids, (steps, 0))[:, :-steps] for steps in (1, 2))
+        context = (earlier * tiny.VOCABULARY + before) * LONGEST + torch.arange(input_ids.shape[1])
         return self.early(input_ids, context).sum() + self.late(input_ids, context).sum()
 
 
@@ -218,7 +218,7 @@ class RandomNeurons(nn.Module):
         self.layer = nn.Embedding.from_pretrained((chance < rate).float())
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        before = torch.nn.functional.pad(input_ids, (1, 0))[:, :-1]
+        before = nn.functional.pad(input_ids, (1, 0))[:, :-1]
         return self.layer(before * LONGEST + torch.arange(input_ids.shape[1]))
 
 
