@@ -46,14 +46,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     for neuron, bias in ((CONSTANT, 3.7), (DEAD, -1e3)):
         weight(model, f"{first}.weight")[neuron] = 0
         weight(model, f"{first}.bias")[neuron] = bias
-    # Two neurons that answer to words, by the direction that tells these best from all others.
+    # Two neurons that answer to words, which have something in common, by the direction that best tells them apart.
+    families = {7: ["return", "returns", "returned"], 8: ["item", "items"]}
+    ids = {neuron: model.tokenizer.convert_tokens_to_ids(family) for neuron, family in families.items()}
+    for dimension, family in enumerate(ids.values()):
+        weight(model, "embeddings.word_embeddings.weight")[family, dimension] += 3
     states = alone(model.module, {"": (first, True)}, model.tokenizer, texts)[""]
-    for neuron, family in ((7, ["return", "returns", "returned"]), (8, ["item", "items"])):
-        wanted = np.isin(states.token, model.tokenizer.convert_tokens_to_ids(family)).astype(float)
-        with_one = np.concatenate([states.values, np.ones((len(wanted), 1))], axis=1)
-        direction = torch.from_numpy(np.linalg.lstsq(with_one, wanted, rcond=None)[0])
-        weight(model, f"{first}.weight")[neuron] = 10 * direction[:-1]
-        weight(model, f"{first}.bias")[neuron] = 10 * direction[-1] - 5
+    for neuron, family in ids.items():
+        wanted = np.isin(states.token, family)
+        direction = np.linalg.lstsq(states.values - states.values.mean(0), wanted - wanted.mean(), rcond=None)[0]
+        weight(model, f"{first}.weight")[neuron] = torch.from_numpy(20 * direction)
+        weight(model, f"{first}.bias")[neuron] = -20 * float(np.quantile(states.values @ direction, 0.8))
     path = tmp_path_factory.mktemp("built") / "atlas"
     atlas = pc.Atlas.build(model, pc.Texts(texts, labels=labels), path, batch_tokens=200, progress=False)
     words = model.reader.strings(range(tiny.VOCABULARY))  # type: ignore[union-attr]
