@@ -19,7 +19,7 @@ from patchclamp.model.tokenize import require_tokenizer
 from patchclamp.recording.corpus import tokenize
 
 PAIRS = 9
-EXAMPLES = 150
+EXAMPLES = 300
 BATCH_TOKENS = 4096
 LIMIT = 1.5
 

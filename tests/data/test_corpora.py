@@ -69,16 +69,12 @@ def test_known_texts_are_there_under_their_kind(everything: Texts) -> None:
     # Found in the running Python by other ways than corpora takes.
     kind_of = dict(pairs(everything))
     paragraphs = [each for topic in topics.values() for each in topic.split("\n\n")]
-    words = [
-        each.strip() for each in paragraphs if len(each) > 60 and "\n " not in f"\n{each}" and "e" in each
-    ]
+    words = [each.strip() for each in paragraphs if len(each) > 60 and "\n " not in f"\n{each}" and "e" in each]
     assert len(words) > 500
     assert {kind_of[each] for each in words} == {"topics"}
     docstrings = [inspect.getdoc(each) or "" for each in (string.capwords, textwrap.dedent, heapq.merge)]
     assert {kind_of[each.split("\n\n")[0].strip()] for each in docstrings} == {"docstring"}
-    functions = [
-        each for each in vars(string.Formatter).values() if inspect.isfunction(each) and not each.__doc__
-    ]
+    functions = [each for each in vars(string.Formatter).values() if inspect.isfunction(each) and not each.__doc__]
     sources = [textwrap.dedent(inspect.getsource(each)).strip() for each in functions]
     short = [each for each in sources if each.count("\n") < 12]
     assert len(short) > 3
@@ -105,9 +101,7 @@ def test_order_is_the_same_in_another_process(everything: Texts) -> None:
         "print(hashlib.sha256(repr(pairs).encode()).hexdigest())\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    found = subprocess.run(
-        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
-    )
+    found = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == digest(everything)
 
 
@@ -316,11 +310,7 @@ def test_reader_drops_what_is_unfit_and_what_came_before(library) -> None:
 @pytest.mark.parametrize("lines", [1, 11, 12, 13, 24, 25, 100])
 def test_pieces_are_even_and_lose_no_line(library, lines: int) -> None:
     body = "".join(f"    statement_number_{number} = argument\n" for number in range(lines))
-    found = [
-        text
-        for text, kind in library({"a.py": f"def function_with_body(argument):\n{body}"})
-        if kind == "code"
-    ]
+    found = [text for text, kind in library({"a.py": f"def function_with_body(argument):\n{body}"}) if kind == "code"]
     written = [line.strip() for piece in found for line in piece.split("\n")]
     assert written == ["def function_with_body(argument):", *body.replace("    ", "").split("\n")[:-1]]
     lengths = [piece.count("\n") + 1 for piece in found]

@@ -44,9 +44,7 @@ def read(path: Path, **arguments) -> list[str]:
 # What it gives ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["corpus.txt", "corpus.jsonl", "corpus.parquet", "CORPUS.JSONL", "two.parts.txt"]
-)
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus.jsonl", "corpus.parquet", "CORPUS.JSONL", "two.parts.txt"])
 @pytest.mark.parametrize("kind", [str, Path])
 def test_file_gives_its_texts_in_order_again_and_again(tmp_path: Path, name: str, kind: type) -> None:
     path = write(tmp_path / name.lower(), ROWS).rename(tmp_path / name)
@@ -116,9 +114,7 @@ def test_txt_keeps_the_line_as_it_is(tmp_path: Path) -> None:
 
 def test_jsonl_text_with_escapes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        r'{"text": "a\nb\u00e9 \ud83e\udde0"}' + "\n" + '{"text": "c\u2028d"}\n', encoding="utf-8"
-    )
+    path.write_text(r'{"text": "a\nb\u00e9 \ud83e\udde0"}' + "\n" + '{"text": "c\u2028d"}\n', encoding="utf-8")
     assert read(path) == ["a\nbé 🧠", "c\u2028d"]
 
 
@@ -171,9 +167,7 @@ def test_each_example_has_its_own_label(tmp_path: Path, suffix: str) -> None:
 
 
 def test_txt_takes_labels_and_targets_in_lists(tmp_path: Path) -> None:
-    texts = Texts(
-        write(tmp_path / "a.txt", ROWS), labels={"lang": ["en", "de", "fr"]}, targets=["1", "2", "3"]
-    )
+    texts = Texts(write(tmp_path / "a.txt", ROWS), labels={"lang": ["en", "de", "fr"]}, targets=["1", "2", "3"])
     assert [(each.labels["lang"], each.target) for each in texts] == [("en", "1"), ("de", "2"), ("fr", "3")]
 
 
@@ -186,9 +180,7 @@ def test_targets_from_a_column_or_a_list(tmp_path: Path, suffix: str) -> None:
 
 def test_parquet_column_with_a_dot_and_categories(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    frame = pl.DataFrame(
-        {"a.b": ["x", "y"], "a": ["no", "no"], "kind": pl.Series(["u", "v"], dtype=pl.Categorical)}
-    )
+    frame = pl.DataFrame({"a.b": ["x", "y"], "a": ["no", "no"], "kind": pl.Series(["u", "v"], dtype=pl.Categorical)})
     frame.write_parquet(path)
     texts = Texts(path, labels=["kind"], column="a.b")
     assert [(example.text, example.labels["kind"]) for example in texts] == [("x", "u"), ("y", "v")]
@@ -221,9 +213,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None
     with path.open("w") as stream:
         for number in range(20_000):
             text = f"{number} {words}"
-            stream.write(
-                (json.dumps({"text": text, "part": number % 7}) if suffix == ".jsonl" else text) + "\n"
-            )
+            stream.write((json.dumps({"text": text, "part": number % 7}) if suffix == ".jsonl" else text) + "\n")
     assert path.stat().st_size > 20_000_000
     labels = {"part": "part"} if suffix == ".jsonl" else None
 
@@ -457,9 +447,7 @@ def test_file_that_is_no_parquet(tmp_path: Path, content: bytes) -> None:
 
 def test_damaged_parquet_never_gives_a_part_in_silence(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pl.DataFrame({"text": [f"text {number}" for number in range(9000)]}).write_parquet(
-        path, row_group_size=3000
-    )
+    pl.DataFrame({"text": [f"text {number}" for number in range(9000)]}).write_parquet(path, row_group_size=3000)
     texts = Texts(path)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2

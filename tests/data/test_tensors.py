@@ -112,9 +112,7 @@ def test_labels_of_tensors_are_checked(labels, message: str) -> None:
 
 
 def test_labels_may_be_a_tensor() -> None:
-    assert Tensors(torch.zeros(3, 2), labels={"digit": torch.tensor([5, 6, 5])}).labels == {
-        "digit": ("5", "6")
-    }
+    assert Tensors(torch.zeros(3, 2), labels={"digit": torch.tensor([5, 6, 5])}).labels == {"digit": ("5", "6")}
 
 
 # as_data ------------------------------------------------------------------------------------------

@@ -116,9 +116,7 @@ def test_generator_is_read_once() -> None:
         len(texts)
     assert texts, "asking for truth must not ask for the length"
     assert texts.labels == {"language": ("de", "en", "fr")}, "and does not read the generator"
-    assert [(each.text, each.labels["language"]) for each in texts] == list(
-        zip(WORDS, ["en", "de", "fr"], strict=True)
-    )
+    assert [(each.text, each.labels["language"]) for each in texts] == list(zip(WORDS, ["en", "de", "fr"], strict=True))
     with refuses("read once already, and a generator cannot be read again"):
         iter(texts)
 
@@ -265,9 +263,7 @@ def test_targets_of_the_wrong_form(targets, message: str) -> None:
 # What it refuses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "empty", [[], (), np.array([], dtype=str), pl.Series([], dtype=pl.String), SizedShelf([])]
-)
+@pytest.mark.parametrize("empty", [[], (), np.array([], dtype=str), pl.Series([], dtype=pl.String), SizedShelf([])])
 def test_no_examples_is_said_at_once(empty) -> None:
     with refuses("no examples in nothing"):
         Texts(empty, name="nothing")
@@ -305,9 +301,7 @@ def test_tensors_are_shown_the_way() -> None:
 
 def test_half_a_surrogate_pair_is_refused() -> None:
     # A tokenizer would die of it with a message that does not name the text.
-    with refuses(
-        "text 1 of texts: the text holds half of a surrogate pair, no character: U+D83E at character 2"
-    ):
+    with refuses("text 1 of texts: the text holds half of a surrogate pair, no character: U+D83E at character 2"):
         Texts(["fine", "a \ud83e brain"])
     with refuses("example 0 of texts: label 'x' holds half"):
         Texts(["fine"], labels={"x": ["\ud83e"]})
