@@ -74,6 +74,39 @@ def test_nothing_is_left_behind_when_a_summary_fails(error: BaseException, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_summary_may_run_the_model_itself() -> None:
+    """Between two passes the module is the user's own again: no hook, its mode, gradients."""
+    model = model_of()
+    model.module.train()
+    assert model.sites
+    before, seen = state_of(model.module), []
+
+    class Runs(pc.Summary):
+        """Runs the model on something else at each batch."""
+
+        name = "runs"
+
+        def empty(self, setting: Setting) -> dict[str, torch.Tensor]:
+            return {"nothing": torch.zeros(())}
+
+        def add(self, batch: Batch) -> None:
+            seen.append((state_of(model.module), torch.is_grad_enabled()))
+            model("the list")
+
+        def combine(self, other: Any) -> None: ...
+
+    with pytest.warns(UserWarning, match="training mode"):
+        recording = recorded(model, TEXTS, "mlp.0", [Runs(), pc.Moments()])
+    assert len(seen) > 3 and all(each == (before, True) for each in seen)
+    assert same(recorded(model_of(), TEXTS, "mlp.0", [pc.Moments()]), without(recording, "runs"))
+
+
+def without(recording: pc.Recording, name: str) -> pc.Recording:
+    for site in recording.by_site.values():
+        del site.summaries[name]
+    return recording
+
+
 @pytest.mark.parametrize("error", [RuntimeError("stopped"), KeyboardInterrupt()])
 def test_nothing_is_left_behind_when_the_model_fails(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = model_of(), []

@@ -149,9 +149,12 @@ def test_summaries_of_tokens_need_tokens() -> None:
         recorded(model_of(), TEXTS, sites="module:pooler", summaries=[pc.ByToken()])
 
 
-def test_texts_need_a_tokenizer() -> None:
+def test_texts_need_a_tokenizer_and_a_model_that_reads_them() -> None:
     with pytest.raises(ModelError, match="needs a tokenizer"):
         recorded(pc.load(tiny.bert()), TEXTS)
+    for build, takes in ((tiny.vit, "pixel_values"), (tiny.mlp, "input")):
+        with pytest.raises(ModelError, match=f"cannot read texts: its forward takes {takes}.*not input_ids"):
+            recorded(pc.load(build(), tokenizer=tiny.tokenizer()), TEXTS)
     with pytest.raises(DataError, match="batch_tokens"):
         recorded(model_of(), TEXTS, batch_tokens=0)
 

@@ -43,8 +43,8 @@ def neighbors(
 
     Returns:
         Columns `site`, `index`, `rank`, `other_site`, `other_index`, `correlation` (signed, float64) and
-        `relation` ("layer" or "next"). A neuron that never changes has no partners. Rows with a NaN or an
-        infinity at one of two sites are left out for this pair.
+        `relation` ("layer" or "next"). A neuron that never changes, but for a rounding, has no partners.
+        Rows with a NaN or an infinity at one of two sites are left out for this pair.
     """
     batches = corpus.batches(batch_tokens, corpus.sample(tokens, seed))
     frames = []

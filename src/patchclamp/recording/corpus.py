@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from patchclamp.data import Tensors, Texts
-from patchclamp.errors import DataError
+from patchclamp.errors import DataError, ModelError
 from patchclamp.model.model import Model
+from patchclamp.model.signature import parameters
 from patchclamp.model.tokenize import Encoded, PaddedBatch, TokenReader, pad, require_tokenizer
 from patchclamp.progress import Progress
 from patchclamp.recording.ragged import Ragged
@@ -217,8 +218,15 @@ def tokenize(
 
     Raises:
         DataError: a text without tokens (its index is named), an empty corpus, a wrong `max_length`.
+        ModelError: the model has no tokenizer, or takes no token ids.
     """
     reader = require_tokenizer(model.reader, "a corpus of texts")
+    if "input_ids" not in (taken := parameters(model.module)):
+        listed = ", ".join(taken) or "nothing by name"
+        raise ModelError(
+            f"{type(model.module).__name__} cannot read texts: its forward takes {listed}, and not input_ids. "
+            "Give it tensors: pc.Tensors(values)"
+        )
     if max_length is not None and max_length < 1:
         raise DataError(f"max_length is a number of tokens, at least 1; not {max_length}")
     if max_length is not None and reader.max_length is not None and max_length > reader.max_length:

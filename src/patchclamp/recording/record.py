@@ -76,6 +76,7 @@ def record(
     Raises:
         DataError: no examples, a text without tokens, labels of the wrong length, too little memory.
         UnknownName: no such site.
+        ModelError: the model reads no texts, or which row of a site's tensor is whose cannot be said.
         SiteNotReached: a forward pass never reached a site.
         StoreError: the store cannot be written, or holds a recording of something else (which is said).
     """
