@@ -378,9 +378,9 @@ VIT = Architecture(
 )
 SEQUENTIAL = Architecture(
     "nn.Sequential",
-    lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.GELU(), nn.Linear(8, 3)),
+    lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.GELU("tanh"), nn.Linear(8, 3)),
     _numbers("input", 5, 6),
-    {"mlp.0": Place("2", 10, "relu", {"in": "0"}), "mlp.1": Place("4", 8, "gelu", {"in": "2"})},
+    {"mlp.0": Place("2", 10, "relu", {"in": "0"}), "mlp.1": Place("4", 8, "gelu_new", {"in": "2"})},
 )
 CLASSIFIER = Architecture(
     "own-class",

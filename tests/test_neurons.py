@@ -201,6 +201,12 @@ def test_or_and_minus() -> None:
     assert left.names == ["a:1", "b:1"] and right.names == ["b:1", "b:2"]
 
 
+def test_the_left_table_gives_the_order() -> None:
+    left, right = pc.Neurons({"a": [9, 2, 5, 7]}), pc.Neurons({"a": [7, 5, 1, 9]})
+    assert indices(left & right) == [9, 5, 7] and indices(right & left) == [7, 5, 9]
+    assert indices(left - pc.Neurons({"a": [2]})) == [9, 5, 7] and indices(left | right) == [9, 2, 5, 7, 1]
+
+
 def test_only_tables_combine() -> None:
     neurons: Any = pc.Neurons(["a:1"])
     for wrong in (["a:1"], "a:1", None, {"a": [1]}):

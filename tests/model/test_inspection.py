@@ -9,7 +9,7 @@ import torch
 from tests.architectures import HEADS, LAYERS, NEURONS, OPT, WIDTH, gpt_neox
 from tests.raw import assert_same, call, plain_weights, watching
 from torch import nn
-from transformers import AlbertConfig, AlbertModel, MixtralConfig, MixtralModel, Phi3Config, Phi3Model
+from transformers import AlbertConfig, AlbertModel, BertConfig, MixtralConfig, MixtralModel, Phi3Config, Phi3Model
 
 import patchclamp as pc
 from patchclamp.errors import ModelError, UnknownName
@@ -33,6 +33,25 @@ def test_attention_beside_the_mlp_leaves_no_middle() -> None:
     with pytest.raises(UnknownName, match=r"resid_mid\.\* is not listed"):
         model.site("resid_mid.1")
     assert "resid_mid.1" in pc.load(gpt_neox(parallel=False).eval()).sites
+
+
+def test_a_block_without_attention_has_no_middle() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = BertConfig(vocab_size=9)
+            self.embed = nn.Embedding(9, 4)
+            self.blocks = nn.ModuleList([Block("w1", "w2"), Block("w1", "w2")])
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = pc.load(Network())
+    assert list(model.sites)[:3] == ["resid_pre.0", "mlp.0", "resid_post.0"]
+    assert "resid_mid.*: not listed: nothing is added to the residual before the MLP" in model.explain_sites()
 
 
 def encoder_of_torch() -> nn.TransformerEncoder:

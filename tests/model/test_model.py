@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -139,9 +140,11 @@ def test_tokens_read_as_the_text(model: pc.Model) -> None:
 def test_activations_of_a_text_carry_its_tokens(model: pc.Model) -> None:
     read = model.activations("the cat sat", "mlp.1")
     assert read.shape == (5, NEURONS) and read.site == "mlp.1" and read.tokens == model.tokens("the cat sat")
-    assert not read.requires_grad and isinstance(read, torch.Tensor)
+    assert not read.requires_grad and isinstance(read, pc.Activations)
     assert not hasattr(read + 1, "tokens") and not hasattr(read[1:], "tokens")
     assert "mlp.1" in repr(read) and "cat" in repr(read)
+    other: Any = copy.deepcopy(read)
+    assert torch.equal(other, read) and other.tokens == read.tokens and other.data_ptr() != read.data_ptr()
 
 
 def test_several_sites_give_a_dict_and_several_texts_a_list(model: pc.Model) -> None:
@@ -387,9 +390,10 @@ def test_the_hash_changes_with_the_weights_and_only_with_them() -> None:
     assert pc.load(BERT.build(torch.bfloat16)).weights_sha256() != pc.load(BERT.build(torch.float16)).weights_sha256()
 
 
-def test_the_hash_tells_the_same_numbers_in_another_shape_apart() -> None:
-    a, b = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
-    a.weight.data.fill_(0.5)
-    b.weight.data.fill_(0.5)
-    assert pc.load(a).weights_sha256() != pc.load(b).weights_sha256()
+def test_the_hash_tells_the_same_bytes_in_another_shape_or_type_apart() -> None:
+    layers = [nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)]
+    layers += [nn.Linear(2, 3, bias=False).half(), nn.Linear(2, 3, bias=False).bfloat16()]
+    for each in layers:
+        each.weight.data.zero_()
+    assert len({pc.load(each).weights_sha256() for each in layers}) == 4
     assert len(pc.load(nn.ReLU()).weights_sha256()) == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class Activations(torch.Tensor):
         labelled: Any = tensor.detach().as_subclass(Activations)
         labelled.tokens, labelled.site = tokens, site
         return labelled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Activations:
+        return Activations.of(self.clone(), self.site, copy.copy(self.tokens))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         words = "" if self.tokens is None else " on " + " ".join(repr(each) for each in self.tokens[:8])

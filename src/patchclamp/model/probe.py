@@ -215,7 +215,7 @@ def _middle(block: nn.Module, stack: Stack, trace: _Trace) -> tuple[str, str, st
             break
     if _same(trace.inputs[last] + branch, block_output):
         if "" in trace.inputs and _same(trace.inputs[last], trace.inputs[""]):
-            return "attention and MLP read the same residual, side by side: there is no middle"
+            return "nothing is added to the residual before the MLP: there is no middle"
         return last, "input", branch_norm
     for path in after:
         if _same(trace.inputs[path], trace.outputs[last] + written):
