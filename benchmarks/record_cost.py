@@ -18,8 +18,8 @@ import patchclamp as pc
 from patchclamp.model.tokenize import require_tokenizer
 from patchclamp.recording.corpus import tokenize
 
-PAIRS = 9
-EXAMPLES = 300
+PAIRS = 7
+EXAMPLES = 600
 BATCH_TOKENS = 4096
 LIMIT = 1.5
 
