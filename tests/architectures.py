@@ -16,15 +16,36 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GPTNeoXModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTModel,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -100,6 +121,9 @@ class Architecture:
         places: name of a site without its number -> where it ought to be, `{}` for the layer.
         blocks: prefix of a stack -> path of its blocks, `{}` for the layer.
         norm: path within the block of the norm that follows attention, and of the one that follows the MLP.
+        middle: whether its blocks have a residual stream between attention and MLP.
+        left_in_float64: whether a float64 network survives padding on the left (in transformers' BLOOM and
+            Gemma 2 a row that sees nothing becomes NaN, as its mask overflows float32).
     """
 
     name: str
@@ -108,6 +132,8 @@ class Architecture:
     places: Mapping[str, Place]
     blocks: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[str, str] | None = None
+    middle: bool = True
+    left_in_float64: bool = True
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network, always with the same weights, in evaluation mode."""
@@ -122,7 +148,7 @@ class Architecture:
 
     def inputs(self, side: str = "right", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Keyword arguments of a batch of different lengths, padded on a side."""
-        made = self.read(side)
+        made = self.read(side if self.left_in_float64 or dtype != torch.float64 else "right")
         return {name: each.to(dtype) if each.is_floating_point() else each for name, each in made.items()}
 
     @property
@@ -389,5 +415,146 @@ CLASSIFIER = Architecture(
     {"mlp.0": Place("second", 10, None, {"in": "first"}), "mlp.1": Place("last", 8, None, {"in": "second"})},
 )
 
+_GROUPED: dict[str, Any] = dict(_ENCODER, num_key_value_heads=HEADS // 2, head_dim=6)
+_EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+_OF_MIXERS: dict[str, Any] = {"intermediate_size": NEURONS}
+_DECODER = _texts("input_ids", "attention_mask", "position_ids")
+
+
+def _like_llama(name: str, new: Callable[[], nn.Module], **changes: Any) -> Architecture:
+    return replace(LLAMA, name=name, new=new, **changes)
+
+
+QWEN3 = _like_llama("qwen3", lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED)))
+MISTRAL = _like_llama("mistral", lambda: MistralForCausalLM(MistralConfig(**_GROUPED, sliding_window=16)))
+GEMMA2 = _like_llama(
+    "gemma2",
+    lambda: Gemma2ForCausalLM(Gemma2Config(**_GROUPED, query_pre_attn_scalar=6, **_EAGER)),
+    places={name: replace(each, activation=each.activation and "gelu_new") for name, each in LLAMA.places.items()},
+    norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    left_in_float64=False,
+)
+NEOX = Architecture(
+    "gpt-neox",
+    lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_ENCODER)),
+    _DECODER,
+    _single("gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h", "gelu", "mlp.dense_h_to_4h"),
+    {"": "gpt_neox.layers.{}"},
+    middle=False,
+)
+PHI = Architecture(
+    "phi",
+    lambda: PhiForCausalLM(PhiConfig(**_ENCODER)),
+    _DECODER,
+    _single("model.layers.{}", "self_attn.dense", "mlp.fc2", "gelu_new", "mlp.fc1"),
+    {"": "model.layers.{}"},
+    middle=False,
+)
+BLOOM = Architecture(
+    "bloom",
+    lambda: BloomForCausalLM(
+        BloomConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    ),
+    _texts("input_ids", "attention_mask"),
+    {
+        name: replace(place, size=4 * WIDTH) if name == "mlp" else place
+        for name, place in _single(
+            "transformer.h.{}", "self_attention.dense", "mlp.dense_4h_to_h", "gelu_new", "mlp.dense_h_to_4h"
+        ).items()
+    },
+    {"": "transformer.h.{}"},
+    left_in_float64=False,
+)
+MAMBA = Architecture(
+    "mamba",
+    lambda: MambaForCausalLM(
+        MambaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=WIDTH,
+            **_OF_MIXERS,
+            state_size=4,
+            num_hidden_layers=LAYERS,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    ),
+    _texts("input_ids", "attention_mask"),
+    {"mixer": Place("backbone.layers.{}.mixer.out_proj", NEURONS)},
+    {"": "backbone.layers.{}"},
+    middle=False,
+)
+
+
+def _text_and_images(side: str) -> dict[str, Any]:
+    made = padded(side=side)
+    images = torch.randn(len(TEXTS), 3, 8, 8, generator=torch.Generator().manual_seed(len(side)))
+    return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"], "pixel_values": images}
+
+
+_TOWER: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": NEURONS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
+CLIP = Architecture(
+    "clip",
+    lambda: CLIPModel(
+        CLIPConfig(
+            text_config=dict(_ENCODER),
+            vision_config=dict(_TOWER, image_size=8, patch_size=4),
+            projection_dim=8,
+        )
+    ),
+    _text_and_images,
+    {
+        f"{tower}.{name}": place
+        for tower in ("text", "vision")
+        for name, place in _single(
+            f"{tower}_model.encoder.layers.{{}}", "self_attn.out_proj", "mlp.fc2", "quick_gelu", "mlp.fc1"
+        ).items()
+    },
+    {f"{tower}.": f"{tower}_model.encoder.layers.{{}}" for tower in ("text", "vision")},
+)
+
+
+def mixtral(**options: Any) -> nn.Module:
+    """Mixtral, all of whose MLPs are four fused experts of which two are chosen."""
+    return MixtralForCausalLM(MixtralConfig(**dict(_GROUPED, num_local_experts=4, num_experts_per_tok=2) | options))
+
+
+def qwen2_moe(**options: Any) -> nn.Module:
+    """Qwen2-MoE: four fused experts beside one that sees every token."""
+    of_experts = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**dict(_GROUPED, num_experts=4, num_experts_per_tok=2, **of_experts) | options)
+    )
+
+
+def deepseek(**options: Any) -> nn.Module:
+    """DeepSeek-V3: the first layer is dense, the others have experts and a shared one; latent attention."""
+    latent: dict[str, Any] = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 6,
+    }
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 2}
+    more = dict(_ENCODER, num_key_value_heads=HEADS, first_k_dense_replace=1, topk_group=1)
+    config: dict[str, Any] = more | latent | routed | options
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**config))
+
+
 TRANSFORMERS = [BERT, GPT2, LLAMA, OPT, OPT_POST, T5, T5_GATED, VIT]
+TRANSFORMERS += [QWEN3, MISTRAL, GEMMA2, NEOX, PHI, BLOOM, MAMBA, CLIP]
 ALL = [*TRANSFORMERS, SEQUENTIAL, CLASSIFIER]

@@ -27,6 +27,17 @@ def test_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch, mi
         exec(compile(block, page, "exec"), names)
 
 
+def test_the_page_of_models_runs_and_prints_what_it_says(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {"__name__": "docs"}
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 8
+    for block, printed in blocks:
+        exec(compile(block, "docs/models.md", "exec"), names)
+        assert capsys.readouterr().out == printed
+
+
 def test_pages_name_only_files_that_exist() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from patchclamp import find as find
     from patchclamp.atlas import Atlas as Atlas
     from patchclamp.atlas import NeuronCard as NeuronCard
+    from patchclamp.data import Chats as Chats
+    from patchclamp.data import Images as Images
     from patchclamp.data import Tensors as Tensors
     from patchclamp.data import Texts as Texts
     from patchclamp.data import corpora as corpora
     from patchclamp.intervene import ablate as ablate
     from patchclamp.intervene import clamp as clamp
+    from patchclamp.intervene import patch as patch
     from patchclamp.intervene import scale as scale
     from patchclamp.model import Activations as Activations
     from patchclamp.model import Model as Model
@@ -33,17 +36,25 @@ if TYPE_CHECKING:
     from patchclamp.model import load as load
     from patchclamp.neurons import Neurons as Neurons
     from patchclamp.recording import ByLabel as ByLabel
+    from patchclamp.recording import ByPosition as ByPosition
     from patchclamp.recording import ByToken as ByToken
+    from patchclamp.recording import CoFiring as CoFiring
+    from patchclamp.recording import Correlation as Correlation
+    from patchclamp.recording import Exemplars as Exemplars
     from patchclamp.recording import FiringRate as FiringRate
     from patchclamp.recording import FractionOfMaximum as FractionOfMaximum
     from patchclamp.recording import Histogram as Histogram
     from patchclamp.recording import MinMax as MinMax
     from patchclamp.recording import Moments as Moments
+    from patchclamp.recording import NGrams as NGrams
     from patchclamp.recording import OwnQuantile as OwnQuantile
+    from patchclamp.recording import Pooled as Pooled
     from patchclamp.recording import Recording as Recording
+    from patchclamp.recording import RecordingSeries as RecordingSeries
     from patchclamp.recording import Summary as Summary
     from patchclamp.recording import TopExamples as TopExamples
     from patchclamp.recording import record as record
+    from patchclamp.recording import record_over as record_over
 
 __version__ = "0.1.0"
 
@@ -52,17 +63,26 @@ _HOME = {
     "Activations": "patchclamp.model",
     "Atlas": "patchclamp.atlas",
     "ByLabel": "patchclamp.recording",
+    "ByPosition": "patchclamp.recording",
     "ByToken": "patchclamp.recording",
+    "Chats": "patchclamp.data",
+    "CoFiring": "patchclamp.recording",
+    "Correlation": "patchclamp.recording",
+    "Exemplars": "patchclamp.recording",
     "FiringRate": "patchclamp.recording",
     "FractionOfMaximum": "patchclamp.recording",
     "Histogram": "patchclamp.recording",
+    "Images": "patchclamp.data",
     "MinMax": "patchclamp.recording",
     "Model": "patchclamp.model",
     "Moments": "patchclamp.recording",
+    "NGrams": "patchclamp.recording",
     "NeuronCard": "patchclamp.atlas",
     "Neurons": "patchclamp.neurons",
     "OwnQuantile": "patchclamp.recording",
+    "Pooled": "patchclamp.recording",
     "Recording": "patchclamp.recording",
+    "RecordingSeries": "patchclamp.recording",
     "Site": "patchclamp.model",
     "Summary": "patchclamp.recording",
     "Tensors": "patchclamp.data",
@@ -74,7 +94,9 @@ _HOME = {
     "errors": "patchclamp.errors",
     "find": "patchclamp.find",
     "load": "patchclamp.model",
+    "patch": "patchclamp.intervene",
     "record": "patchclamp.recording",
+    "record_over": "patchclamp.recording",
     "scale": "patchclamp.intervene",
 }
 

@@ -9,7 +9,7 @@ import torch
 from tests.architectures import HEADS, LAYERS, NEURONS, OPT, WIDTH, gpt_neox
 from tests.raw import assert_same, call, plain_weights, watching
 from torch import nn
-from transformers import AlbertConfig, AlbertModel, BertConfig, MixtralConfig, MixtralModel, Phi3Config, Phi3Model
+from transformers import AlbertConfig, AlbertModel, BertConfig, Phi3Config, Phi3Model
 
 import patchclamp as pc
 from patchclamp.errors import ModelError, UnknownName
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 def test_attention_beside_the_mlp_leaves_no_middle() -> None:
     module = gpt_neox(parallel=True).eval()
     model = pc.load(module)
-    assert list(model.sites)[:4] == ["resid_pre.0", "attn.0", "mlp.0", "resid_post.0"]
+    assert list(model.sites)[:4] == ["resid_pre.0", "pattern.0", "attn.0", "mlp.0"]
     assert "resid_mid.*: not listed: " in model.explain_sites() and "side by side" in model.explain_sites()
     with pytest.raises(UnknownName, match=r"resid_mid\.\* is not listed: .*side by side"):
         model.select("resid_mid.*")
@@ -155,18 +155,19 @@ def test_blocks_that_share_their_weights_are_not_listed() -> None:
         model.select("mlp.*")
 
 
-def test_a_transformer_without_a_pair_of_projections_has_no_sites_rather_than_wrong_ones() -> None:
-    config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2)
-    with pytest.raises(UnknownName, match="looked for a list of blocks"):
-        pc.load(MixtralModel(config).eval()).select("mlp.*")
-
-
-def test_a_block_built_unlike_the_others_is_said() -> None:
+def test_a_block_built_unlike_the_others_has_the_sites_that_it_has() -> None:
     module = nn.ModuleList([Block("w1", "w2", "w3"), Block("w1", "w2"), Block("w1", "w2", "w3")])
     model = pc.load(module)
+    assert [site.name for site in model.select("mlp.*")] == ["mlp.0", "mlp.1", "mlp.2"]
+    assert [len(model.site(f"mlp.{layer}").reads) for layer in range(3)] == [2, 1, 2]
+
+
+def test_a_block_without_neurons_among_the_others_is_said() -> None:
+    module = nn.Sequential(Block("w1", "w2"), Block("w1"), Block("w1", "w2"))
+    model = pc.load(module)
     assert [site.name for site in model.select("mlp.*")] == ["mlp.0", "mlp.2"]
-    assert "*.1: not listed: 1 is built unlike 0" in model.explain_sites()
-    with pytest.raises(UnknownName, match="1 is built unlike 0"):
+    assert "*.1: not listed: 1 has no MLP, experts or mixer" in model.explain_sites()
+    with pytest.raises(UnknownName, match="1 has no MLP, experts or mixer"):
         model.site("mlp.1")
 
 

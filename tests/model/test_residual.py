@@ -14,11 +14,19 @@ import pytest
 import torch
 from tests.architectures import (
     BERT,
+    BLOOM,
+    CLIP,
+    GEMMA2,
     GPT2,
     LAYERS,
     LLAMA,
+    MAMBA,
+    MISTRAL,
+    NEOX,
     OPT,
     OPT_POST,
+    PHI,
+    QWEN3,
     T5,
     T5_GATED,
     TRANSFORMERS,
@@ -46,12 +54,15 @@ class Family(NamedTuple):
     into: str  # the same for the MLP
     norms_first: bool
     last: str  # path of the norm that reads the last block's output; "" where the network returns it
+    attended: Callable[[Any, torch.Tensor], torch.Tensor] = lambda block, x: x  # (block, projection) -> what is added
 
 
 def layer(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """A norm by hand: with a bias it takes the mean off, without one it is T5's and Llama's."""
+    """A norm by hand: with a bias it takes the mean off, without one it is T5's and Llama's, or Gemma's."""
     if getattr(norm, "bias", None) is not None:
         return layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    if type(norm).__name__.startswith("Gemma"):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * (1 + norm.weight)
     epsilon = norm.variance_epsilon
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * norm.weight
 
@@ -107,6 +118,30 @@ def t5_mlp(block: Any, x: torch.Tensor) -> torch.Tensor:
     return dense(parts.wo, tanh_gelu(dense(parts.wi_0, x)) * dense(parts.wi_1, x))
 
 
+def clip_start(network: Any, inputs: Inputs, stack: str) -> torch.Tensor:
+    parts = network.get_submodule(f"{stack}model.embeddings".replace(".model", "_model"))
+    if stack == "text.":
+        ids = inputs["input_ids"]
+        return parts.token_embedding.weight[ids] + parts.position_embedding.weight[: ids.shape[1]]
+    patches = nn.functional.conv2d(inputs["pixel_values"], parts.patch_embedding.weight, stride=4)
+    patches = patches.flatten(2).transpose(1, 2)
+    x = torch.cat([parts.class_embedding.expand(len(patches), 1, -1), patches], 1) + parts.position_embedding.weight
+    return layer(network.vision_model.pre_layrnorm, x)
+
+
+def bloom_start(network: Any, inputs: Inputs, stack: str) -> torch.Tensor:
+    parts = network.transformer
+    return layer(parts.word_embeddings_layernorm, parts.word_embeddings.weight[inputs["input_ids"]])
+
+
+def gated(nonlinearity: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def mlp(block: Any, x: torch.Tensor) -> torch.Tensor:
+        parts = block.mlp
+        return dense(parts.down_proj, nonlinearity(dense(parts.gate_proj, x)) * dense(parts.up_proj, x))
+
+    return mlp
+
+
 _OPT = Family(
     opt_start,
     lambda block: block.self_attn_layer_norm,
@@ -154,7 +189,7 @@ FAMILIES = {
         lambda network, inputs, stack: network.model.embed_tokens.weight[inputs["input_ids"]],
         lambda block: block.input_layernorm,
         lambda block: block.post_attention_layernorm,
-        lambda block, x: dense(block.mlp.down_proj, silu(dense(block.mlp.gate_proj, x)) * dense(block.mlp.up_proj, x)),
+        gated(silu),
         "self_attn.q_proj",
         "mlp.up_proj",
         True,
@@ -175,6 +210,66 @@ FAMILIES = {
         "layernorm",
     ),
 }
+FAMILIES |= {
+    QWEN3: FAMILIES[LLAMA],
+    MISTRAL: FAMILIES[LLAMA],
+    GEMMA2: FAMILIES[LLAMA]._replace(
+        start=lambda network, inputs, stack: network.model.embed_tokens.weight[inputs["input_ids"]] * WIDTH**0.5,
+        mlp_norm=lambda block: block.pre_feedforward_layernorm,
+        mlp=lambda block, x: layer(block.post_feedforward_layernorm, gated(tanh_gelu)(block, x)),
+        attended=lambda block, x: layer(block.post_attention_layernorm, x),
+    ),
+    BLOOM: Family(
+        bloom_start,
+        lambda block: block.input_layernorm,
+        lambda block: block.post_attention_layernorm,
+        lambda block, x: dense(block.mlp.dense_4h_to_h, tanh_gelu(dense(block.mlp.dense_h_to_4h, x))),
+        "self_attention.query_key_value",
+        "mlp.dense_h_to_4h",
+        True,
+        "transformer.ln_f",
+    ),
+    CLIP: Family(
+        clip_start,
+        lambda block: block.layer_norm1,
+        lambda block: block.layer_norm2,
+        lambda block, x: dense(block.mlp.fc2, (h := dense(block.mlp.fc1, x)) * torch.sigmoid(1.702 * h)),
+        "self_attn.q_proj",
+        "mlp.fc1",
+        True,
+        "{tower}",
+    ),
+    NEOX: Family(
+        lambda network, inputs, stack: network.gpt_neox.embed_in.weight[inputs["input_ids"]],
+        lambda block: block.input_layernorm,
+        lambda block: block.post_attention_layernorm,
+        lambda block, x: dense(block.mlp.dense_4h_to_h, gelu(dense(block.mlp.dense_h_to_4h, x))),
+        "attention.query_key_value",
+        "mlp.dense_h_to_4h",
+        True,
+        "gpt_neox.final_layer_norm",
+    ),
+    PHI: Family(
+        lambda network, inputs, stack: network.model.embed_tokens.weight[inputs["input_ids"]],
+        lambda block: block.input_layernorm,
+        lambda block: block.input_layernorm,
+        lambda block, x: dense(block.mlp.fc2, tanh_gelu(dense(block.mlp.fc1, x))),
+        "self_attn.q_proj",
+        "mlp.fc1",
+        True,
+        "model.final_layernorm",
+    ),
+    MAMBA: Family(
+        lambda network, inputs, stack: network.backbone.embeddings.weight[inputs["input_ids"]],
+        lambda block: block.norm,
+        lambda block: block.norm,
+        lambda block, x: torch.zeros_like(x),
+        "mixer.in_proj",
+        "",
+        True,
+        "backbone.norm_f",
+    ),
+}
 KINDS = ("resid_pre", "resid_mid", "resid_post")
 Change = Callable[[torch.Tensor], torch.Tensor]
 each_family = pytest.mark.parametrize("architecture", TRANSFORMERS, ids=str)
@@ -193,16 +288,22 @@ class Stream:
         self.family, self.block = FAMILIES[architecture], architecture.blocks[stack]
         self.stack, self.changes = stack, changes
         self.attention = [
-            place.module for name, place in architecture.places.items() if name.startswith(stack) and "attn" in name
+            place.module
+            for name, place in architecture.places.items()
+            if name.startswith(stack) and ("attn" in name or "mixer" in name)
         ]
         last = "2" if stack == "decoder." else "1"
         self.into = self.family.into.format(last=last)
-        self.last = self.family.last.format(stack=stack)
+        # What reads the last block's output: in CLIP's vision tower, the norm of the first position only.
+        tower = "text_model.final_layer_norm" if stack == "text." else f"{self.block.format(LAYERS - 1)}.mlp.fc2"
+        self.last = self.family.last.format(stack=stack, tower=tower)
+        self.middle = architecture.middle
 
     @property
     def watched(self) -> list[str]:
         """The modules whose inputs and outputs the computation needs, or is compared with."""
-        paths = [f"{self.block}.{self.family.query}", f"{self.block}.{self.into}", *self.attention, self.block]
+        paths = [f"{self.block}.{self.family.query}", *self.attention, self.block]
+        paths += [f"{self.block}.{self.into}"] if self.into else []
         return [path.format(number) for path in paths for number in range(LAYERS)] + [self.last]
 
     def compute(self, network: Any, inputs: Inputs, seen: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -220,13 +321,21 @@ class Stream:
             norms = family.attention_norm(block), family.mlp_norm(block)
             x = settled(f"{self.stack}resid_pre.{number}", x)
             found[f"{base}.{family.query}"] = layer(norms[0], x) if family.norms_first else x
+            if not self.into:  # a mixer is shown zeros for padding
+                found[f"{base}.{family.query}"] = layer(norms[0], x) * inputs["attention_mask"][..., None]
+            before = x
             for path in self.attention:
-                x = x + seen[path.format(number)][1]
-            x = settled(f"{self.stack}resid_mid.{number}", x if family.norms_first else layer(norms[0], x))
-            found[f"{base}.{self.into}"] = reads = layer(norms[1], x) if family.norms_first else x
+                x = x + family.attended(block, seen[path.format(number)][1])
+            if self.middle:
+                x = before = settled(f"{self.stack}resid_mid.{number}", x if family.norms_first else layer(norms[0], x))
+            # Side by side, the MLP reads what attention read.
+            reads = layer(norms[1], before) if family.norms_first else before
+            if self.into:
+                found[f"{base}.{self.into}"] = reads
             x = x + family.mlp(block, reads)
             x = settled(f"{self.stack}resid_post.{number}", x if family.norms_first else layer(norms[1], x))
-        found[self.last or "output"] = x
+        if not self.last.endswith("fc2"):
+            found[self.last or "output"] = x
         return found
 
 
@@ -236,7 +345,8 @@ def run(
     """(what patchclamp reads, what plain PyTorch computes, what plain hooks saw) in one forward pass."""
     model, inputs = loaded(architecture, dtype), architecture.inputs(side, dtype)
     stream = Stream(architecture, stack, changes)
-    sites = [f"{stack}{kind}.{number}" for kind in KINDS for number in range(LAYERS)]
+    kinds = KINDS if architecture.middle else ("resid_pre", "resid_post")
+    sites = [f"{stack}{kind}.{number}" for kind in kinds for number in range(LAYERS)]
     with watching(model.module, stream.watched) as seen, torch.no_grad():
         with model.intervene(*interventions):
             read = model.activations(inputs, sites)
@@ -249,7 +359,8 @@ def run(
 def compare(architecture: Architecture, read: Any, computed: dict[str, torch.Tensor], seen: dict[str, Any]) -> None:
     for name, expected in computed.items():
         got = (read[name] if name in read else seen[name][0]).reshape(expected.shape)
-        if architecture in (LLAMA, T5, T5_GATED):  # their norms compute in float32 whatever they are given
+        if architecture in (LLAMA, QWEN3, MISTRAL, GEMMA2, T5, T5_GATED, MAMBA, BLOOM):
+            # Their norms compute in float32 whatever they are given, or their constants are as exact as that.
             got, expected = got.float(), expected.float()
         assert_same(got, expected)
 
@@ -260,7 +371,8 @@ def compare(architecture: Architecture, read: Any, computed: dict[str, torch.Ten
 def test_what_is_read_is_what_plain_pytorch_computes(architecture: Architecture, dtype: torch.dtype, side: str) -> None:
     for stack in architecture.blocks:
         read, computed, seen = run(architecture, dtype, side, stack)
-        assert len(computed) == LAYERS * 5 + 1
+        parts = 3 + architecture.middle + (architecture is not MAMBA)
+        assert len(computed) == LAYERS * parts + (stack != "vision.")
         compare(architecture, read, computed, seen)
 
 
@@ -277,6 +389,9 @@ def test_what_is_written_is_what_comes_next(architecture: Architecture, dtype: t
             changed[..., index] = value
         return changed
 
+    if kind == "resid_mid" and not architecture.middle:
+        assert kind not in {site.kind for site in loaded(architecture, dtype).sites.values()}
+        return
     for stack in architecture.blocks:
         for number in range(LAYERS):
             name = f"{stack}{kind}.{number}"
@@ -290,7 +405,7 @@ def test_what_is_written_is_what_comes_next(architecture: Architecture, dtype: t
                 compare(architecture, given, expected, seen)
 
 
-@each_family
+@pytest.mark.parametrize("architecture", [each for each in TRANSFORMERS if each.middle], ids=str)
 def test_a_write_to_the_middle_reaches_both_the_residual_and_the_mlp(architecture: Architecture) -> None:
     # Pre-norm blocks hold two references to the residual; here the two effects are told apart.
     for stack in architecture.blocks:

@@ -59,7 +59,7 @@ def numbers_of_tokens(model: pc.Model) -> list[int]:
 
 
 def test_the_encoder_has_the_sites_it_should(minilm: pc.Model) -> None:
-    kinds = ["resid_pre", "attn", "resid_mid", "mlp", "resid_post"]
+    kinds = ["resid_pre", "pattern", "attn", "resid_mid", "mlp", "resid_post"]
     assert list(minilm.sites) == [f"{kind}.{layer}" for layer in range(6) for kind in kinds]
     assert {(site.size, site.activation) for site in minilm.select("mlp.*")} == {(1536, "gelu")}
     assert {(site.size, site.heads) for site in minilm.select("attn.*")} == {(384, 12)}
@@ -99,7 +99,7 @@ def test_the_encoder_is_as_before_after_an_intervention(minilm: pc.Model) -> Non
 
 
 def test_the_decoder_has_the_sites_it_should(stories: pc.Model) -> None:
-    kinds = ["resid_pre", "attn", "resid_mid", "gate", "mlp", "resid_post"]
+    kinds = ["resid_pre", "pattern", "attn", "resid_mid", "gate", "mlp", "resid_post"]
     assert list(stories.sites) == [f"{kind}.{layer}" for layer in range(5) for kind in kinds]
     assert {(site.size, site.activation) for site in stories.select(["mlp.*", "gate.*"])} == {(172, "silu")}
     assert {(site.size, site.heads) for site in stories.select("attn.*")} == {(64, 8)}

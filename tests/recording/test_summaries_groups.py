@@ -255,8 +255,8 @@ def test_a_state_brings_its_tokens_or_changes_nothing() -> None:
     assert again.tokens.tolist() == [3, 4, 5]
     np.testing.assert_array_equal(again.fired, found.fired)
     np.testing.assert_array_equal(again.threshold, found.threshold)
-    with pytest.raises(DataError, match=r"'fired' of shape \[3, 30\]; \[1, 30\]"):
-        again.restore(state | {"tokens": np.array([3]), "occurrences": np.array([1])})
+    with pytest.raises(DataError, match=r"'fired' of shape \[2, 3, 30\]; \[2, 1, 30\]"):
+        again.restore(state | {"tokens": np.array([3]), "occurrences": np.array([[1], [0]])})
     assert again.tokens.tolist() == [3, 4, 5]
 
 
@@ -266,8 +266,8 @@ def test_counts_grow_beyond_int32() -> None:
     found.update(batch)
     before = int(found.fired[0, 0])
     state = found.state()
-    state["count"] = np.array(2**31 - 1)
-    state["fired"] = np.full_like(state["fired"], 2**31 - 1)
+    state["count"] = np.array([2**31 - 1, 0])
+    state["fired"][0], state["fired"][1] = 2**31 - 1, 0
     found.restore(state)
     found.update(batch)
     assert found.fired.dtype == np.int64 and int(found.fired[0, 0]) == 2**31 - 1 + before

@@ -1,4 +1,4 @@
-"""The command line: `patchclamp atlas`, `patchclamp neuron`, `patchclamp explore`.
+"""The command line: `patchclamp atlas`, `patchclamp neuron`, `patchclamp sites`, `patchclamp explore`.
 
 Each command imports what it needs when it runs, so that `patchclamp --help` starts at once, and
 looking at an atlas loads neither torch nor transformers.
@@ -115,6 +115,18 @@ def neuron(
     from patchclamp.atlas import Atlas
 
     Console(highlight=False).print(Atlas.open(folder).neuron(name))
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An alias, a folder, or a hub id.", show_default=False)],
+) -> None:
+    """Show where the neurons of a model are: which kinds can be read, written and baked into weights, and why not."""
+    from rich.console import Console
+
+    from patchclamp.cli.sites import table_of
+
+    Console().print(table_of(_load(model)))
 
 
 @app.command()

@@ -86,7 +86,7 @@ class JsonLinesFile(TextFile):
             record = self._record(number, line)
             for column in columns:
                 if column not in record:
-                    raise _no_column(f"{self.path}, line {number}", column, list(record))
+                    raise no_column(f"{self.path}, line {number}", column, list(record))
             yield number, [record[column] for column in columns]
 
     def _record(self, number: int, line: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class ParquetFile:
         """(row number from 0, values of `columns`) of each example."""
         for column in columns:
             if column not in self._columns:
-                raise _no_column(str(self.path), column, self._columns)
+                raise no_column(str(self.path), column, self._columns)
         return self._rows(columns)
 
     def where(self, index: int, place: int) -> str:
@@ -190,7 +190,8 @@ def open_file(source: str | os.PathLike[str]) -> TextFile | ParquetFile:
     return kind(path)
 
 
-def _no_column(where: str, column: str, columns: Sequence[str]) -> DataError:
+def no_column(where: str, column: str, columns: Sequence[str]) -> DataError:
+    """The error for a column that is not there."""
     there = ", ".join(repr(each) for each in columns) or "none"
     return DataError(f"{where} has no column {column!r}. It has: {there}")
 

@@ -19,6 +19,9 @@ def text_of(value: object, what: str = "the text") -> str:
     """The value as a plain `str` that a tokenizer can read, or `Unusable`."""
     if not isinstance(value, str):
         hint = ". Tensors go into pc.Tensors" if hasattr(value, "shape") else ""
+        if isinstance(value, (list, tuple)) and value:
+            words = ". Texts in words are given as pc.Texts(words=[...])" if isinstance(value[0], str) else hint
+            hint = ". Conversations go into pc.Chats" if isinstance(value[0], Mapping) else words
         raise Unusable(f"{what} is {_shown(value)}: expected str, got {type(value).__name__}{hint}")
     if not value.isascii():
         try:

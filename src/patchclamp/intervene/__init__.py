@@ -3,6 +3,7 @@
 from patchclamp.intervene.ablate import ablate
 from patchclamp.intervene.clamp import clamp
 from patchclamp.intervene.intervention import Intervention
+from patchclamp.intervene.patch import patch
 from patchclamp.intervene.scale import scale
 
-__all__ = ["Intervention", "ablate", "clamp", "scale"]
+__all__ = ["Intervention", "ablate", "clamp", "patch", "scale"]

@@ -1,7 +1,7 @@
-"""Read and write the tensor of a site while the network runs, by PyTorch's own module hooks.
+"""Read and write the tensors of sites while the network runs.
 
-Nothing is copied or replaced: a hook is registered on the module, and removed when its block ends,
-however it ends.
+Nothing is copied or patched for good: what is put onto the user's modules is taken off when its block ends, however
+it ends.
 """
 
 from __future__ import annotations
@@ -16,38 +16,71 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from patchclamp.errors import ModelError
+from patchclamp.model import attention, experts, recurrent
+from patchclamp.model.plainly import plainly
 from patchclamp.model.site import Site
+from patchclamp.model.taps import Seen, Tap
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 
+_OTHER_WAYS = {"attention": attention.tapped, "experts": experts.tapped, "recurrent": recurrent.tapped}
+# What enters a projection is the very tensor that flows on, and nobody writes into it.
+_ENTERING = ("mlp", "attn", "mixer")
+
 
 @contextmanager
-def reading(root: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Collect the tensor of each site at each call of its module: name -> list of tensors, newest last.
+def reading(root: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[Seen]]]:
+    """Collect what each call shows of each site: name -> list, newest last, neurons on the last axis.
 
     The caller empties the lists. What enters a projection is the very tensor that flows on; others are
     copied, as the network may go on writing into them (`x += ...`, `ReLU(inplace=True)`).
     """
-    captured: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+    captured: dict[str, list[Seen]] = {site.name: [] for site in sites}
 
-    def keep(site: Site) -> Edit:
-        def observe(tensor: torch.Tensor) -> torch.Tensor:
-            captured[site.name].append(tensor if site.kind in ("mlp", "attn") else tensor.clone())
-            return tensor
+    def keep(site: Site) -> Tap:
+        def see(seen: Seen) -> torch.Tensor:
+            shared = site.through == "module" and site.kind not in _ENTERING
+            captured[site.name].append(seen._replace(tensor=seen.tensor.clone()) if shared else seen)
+            return seen.tensor
 
-        return observe
+        return Tap(site, see, writes=False)
 
-    with hooked(root, [(site, keep(site)) for site in sites]):
+    with tapped(root, [keep(site) for site in sites]):
         yield captured
 
 
 @contextmanager
 def hooked(root: nn.Module, edits: Sequence[tuple[Site, Edit]]) -> Iterator[None]:
-    """While the block runs, the tensor of each site passes through its function. Hooks on one site act in order."""
+    """While the block runs, the tensor of each site `[..., size]` passes through its function, in this order.
+
+    Raises:
+        ModelError: a site that can only be read.
+    """
+
+    def tap(site: Site, edit: Edit) -> Tap:
+        return Tap(site, lambda seen: edit(seen.tensor))
+
+    for site, _ in edits:
+        if site.fixed:
+            raise ModelError(f"{site.name} can be read but not written: {site.fixed}")
+    with tapped(root, [tap(site, edit) for site, edit in edits]):
+        yield
+
+
+@contextmanager
+def tapped(root: nn.Module, taps: Sequence[Tap]) -> Iterator[None]:
+    """While the block runs, every tap sees its site; those of one site in the order given."""
     with ExitStack() as stack:
-        for site, edit in edits:
-            handle = _register(root, site, edit)
-            stack.callback(handle.remove)
+        if taps:
+            # Tapped experts compute in another way than a second forward pass after the block would.
+            once = any(tap.writes or tap.site.through == "experts" for tap in taps)
+            stack.enter_context(plainly(root, writes=once))
+        for tap in taps:
+            if tap.site.through == "module":
+                stack.callback(_register(root, tap).remove)
+        for way, tapped_there in _OTHER_WAYS.items():
+            if there := [tap for tap in taps if tap.site.through == way]:
+                stack.enter_context(tapped_there(root, there))
         yield
 
 
@@ -68,7 +101,20 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return next((each for each in values if isinstance(each, torch.Tensor)), None)
 
 
-def _register(root: nn.Module, site: Site, edit: Edit) -> RemovableHandle:
+def seen_by(tap: Tap, tensor: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+    """What a tap makes of a tensor whose neurons lie along the site's axis; the same object if it changes nothing."""
+    axis = tap.site.axis
+    if not -tensor.ndim <= axis < tensor.ndim:
+        raise ModelError(f"{tap.site.name}: its tensor {list(tensor.shape)} has no axis {axis}")
+    given = tensor if axis == -1 else tensor.movedim(axis, -1)
+    new = tap.see(Seen(given, place))
+    if new is given:
+        return tensor
+    return new if axis == -1 else new.movedim(-1, axis)
+
+
+def _register(root: nn.Module, tap: Tap) -> RemovableHandle:
+    site = tap.site
     module = root.get_submodule(site.module)
     if site.tensor == "input":
 
@@ -76,7 +122,7 @@ def _register(root: nn.Module, site: Site, edit: Edit) -> RemovableHandle:
             old = input_tensor(args, kwargs)
             if old is None:
                 raise ModelError(f"{site.name}: the module {site.module} was called without a tensor")
-            new = edit(old)
+            new = seen_by(tap, old)
             if new is old:
                 return None
             if site.in_place:
@@ -90,7 +136,7 @@ def _register(root: nn.Module, site: Site, edit: Edit) -> RemovableHandle:
         old = first_tensor(output)
         if old is None:
             raise ModelError(f"{site.name}: the module {site.module} returned no tensor, but {type(output).__name__}")
-        new = edit(old)
+        new = seen_by(tap, old)
         return None if new is old else _replaced_in_output(output, old, new)
 
     return module.register_forward_hook(after)

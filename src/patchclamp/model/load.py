@@ -28,6 +28,7 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    example: Any = None,
 ) -> Model:
     """Load a model, or wrap one, and see its neurons.
 
@@ -40,6 +41,8 @@ def load(
         device: to load onto; default the processor.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that the hub repository brings. False by default.
+        example: what the module can be called with once, to see how it works: a tensor, a tuple of arguments or a
+            mapping of keywords. Hugging Face models and most plain networks need none.
 
     Returns:
         A `Model`. From a folder or the hub, the module is of the class named in its configuration's
@@ -56,7 +59,7 @@ def load(
         for name, value in given.items():
             if value is not None:
                 raise ModelError(f"{name}= is for loading from disk; a module is wrapped as it is: use module.to(...)")
-        return Model(source, _tokenizer(tokenizer, {}), processor)
+        return Model(source, _tokenizer(tokenizer, {}), processor, example=example)
     if not isinstance(source, (str, Path)):
         raise ModelError(f"cannot load {type(source).__name__}: give a name, a folder or a torch.nn.Module")
     name, where = str(source), _resolve(str(source))
@@ -72,7 +75,8 @@ def load(
         tokenizer = _found_tokenizer(where, options)
     if processor is None:
         processor = _found_processor(where, options)
-    return Model(module, _tokenizer(tokenizer, {"trust_remote_code": trust_remote_code}), processor, name)
+    given = _tokenizer(tokenizer, {"trust_remote_code": trust_remote_code})
+    return Model(module, given, processor, name, example)
 
 
 def _device(named: str | torch.device) -> torch.device:

@@ -6,11 +6,11 @@ inside `with model.intervene(...)` the user's own calls of the module are change
 
 from __future__ import annotations
 
+import copy
 import fnmatch
-import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, TypeGuard, cast
 
 import torch
@@ -18,12 +18,21 @@ from torch import nn
 
 from patchclamp.errors import DataError, ModelError, SiteNotReached, unknown
 from patchclamp.model.activations import Activations
+from patchclamp.model.aliases import unalias
+from patchclamp.model.blocks import Block, blocks_of
+from patchclamp.model.example import Example, input_device
+from patchclamp.model.experts import expert_input_weights, expert_output_weights
 from patchclamp.model.hooks import Edit, hooked, reading
-from patchclamp.model.inspection import Inspection, inspect, linear_shape
+from patchclamp.model.inspection import Inspection, inspect
+from patchclamp.model.kinds import Kind, groups_of, kinds_of
+from patchclamp.model.modules import linear_shape
 from patchclamp.model.probe import probe
+from patchclamp.model.readout import Readout, readout_of
 from patchclamp.model.signature import accepts, parameters
 from patchclamp.model.site import Site
+from patchclamp.model.taps import Seen
 from patchclamp.model.tokenize import PaddedBatch, TokenReader, pad, require_tokenizer
+from patchclamp.model.weights import projection_weights, tied_weights, weights_sha256
 from patchclamp.neurons import Neurons
 
 
@@ -41,14 +50,19 @@ class Model:
     Make one with `patchclamp.load`.
 
     Attributes:
-        module: the wrapped module itself.
+        module: the wrapped module itself (of what `torch.compile` returned, the module that was compiled).
         tokenizer: the tokenizer it was loaded with, or None.
         processor: the image processor it was loaded with, or None.
         name: what it was loaded from.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, processor: Any = None, name: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any = None, processor: Any = None, name: str = "", example: Any = None
+    ) -> None:
+        # What was compiled shares all its modules, and inside a recording it runs uncompiled anyway.
+        module = getattr(module, "_orig_mod", module)
         self.module = module
+        self._example = None if example is None else Example.of(example)
         self.tokenizer = tokenizer
         self.processor = processor
         self.name = name or type(module).__name__
@@ -77,7 +91,10 @@ class Model:
         chosen: dict[str, Site] = {}
         for each in wanted:
             for site in self._matching(each):
-                chosen[site.name] = site
+                if chosen.setdefault(site.name, site) != site:
+                    raise DataError(
+                        f"two different sites are called {site.name}: {chosen[site.name].module} and {site.module}"
+                    )
         order = {name: position for position, name in enumerate(self.sites)}
         return sorted(chosen.values(), key=lambda site: order.get(site.name, len(order)))
 
@@ -88,9 +105,10 @@ class Model:
             UnknownName: there is none.
         """
         if isinstance(name, Site):
-            return name
+            return self._checked(name)
+        name = self._unalias(name)
         if name.startswith("module:"):
-            return self._named_module(name)
+            return self._checked(Site.from_name(name))
         if name not in self.sites:
             raise unknown("site", name, self.sites, self._why_not(name))
         return self.sites[name]
@@ -102,15 +120,19 @@ class Model:
     def explain_sites(self) -> str:
         """Which kinds of site are listed, and why others are not."""
         lines = []
-        groups: dict[str, list[Site]] = {}
-        for site in self.sites.values():
-            groups.setdefault(re.sub(r"\d+$", "*", site.name), []).append(site)
-        for name, members in groups.items():
+        for name, members in groups_of(self.sites).items():
             sizes = sorted({str(site.size) for site in members})
             lines.append(f"{name}: {len(members)} sites of {'/'.join(sizes)} neurons, read at {members[0].module}")
+            if members[0].fixed:
+                lines.append(f"{name}: cannot be written: {members[0].fixed}")
+        lines += [f"{name}: {note}" for name, note in self._inspected.notes.items()]
         lines += [f"{name}: not listed: {why}" for name, why in self._inspected.unlisted.items()]
         lines.append("Any module's output can be named by hand: module:" + self._some_module())
         return "\n".join(lines)
+
+    def kinds(self) -> list[Kind]:
+        """For each kind of site: whether it is read, written and baked, and why not. `patchclamp sites` shows it."""
+        return kinds_of(self._inspected, self.blocks)
 
     # Weights --------------------------------------------------------------------------------------
 
@@ -121,10 +143,12 @@ class Model:
             ModelError: neurons of this kind have no output projection of their own.
         """
         found = self.site(site)
+        if found.kind == "expert":
+            return expert_output_weights(self.module.get_submodule(found.module), found.unit)
         if found.writes is None:
             hint = f"; see {found.name.replace('gate', 'mlp')}" if found.kind == "gate" else ""
             raise ModelError(f"{found.name} is of kind {found.kind!r}: it has no output projection of its own{hint}")
-        return _inputs_by_outputs(self.module.get_submodule(found.writes))
+        return projection_weights(self.module.get_submodule(found.writes), found.writes)
 
     def input_weights(self, site: str | Site) -> dict[str, torch.Tensor]:
         """What each neuron reads: `{"in": [size, d]}`, or `{"gate": ..., "up": ...}`. Views of the model's weights.
@@ -133,22 +157,61 @@ class Model:
             ModelError: no single projection feeds neurons of this kind.
         """
         found = self.site(site)
+        if found.kind == "expert":
+            return expert_input_weights(self.module.get_submodule(found.module), found.unit)
+        if found.kind == "conv":
+            return {"in": self._kernels(found)}
         if not found.reads:
             raise ModelError(f"{found.name} is of kind {found.kind!r}: no projection feeds its neurons one by one")
         if "gate_up" in found.reads:
             raise ModelError(f"{found.name}: gate and up are one fused projection, {found.reads['gate_up']}")
-        return {role: _inputs_by_outputs(self.module.get_submodule(path)).T for role, path in found.reads.items()}
+        return {role: projection_weights(self.module.get_submodule(path), path).T for role, path in found.reads.items()}
+
+    def _kernels(self, site: Site) -> torch.Tensor:
+        """What each channel of a convolution reads: `[size, inputs * kernel]`, before the norm that follows."""
+        module = self.module.get_submodule(site.reads["in"])
+        weight = cast(torch.Tensor, module.weight).detach()
+        if not getattr(module, "transposed", False):
+            return weight.flatten(1)
+        if module.groups != 1:
+            raise ModelError(f"{site.name}: the kernels of a transposed convolution in groups are not one matrix")
+        return weight.transpose(0, 1).flatten(1)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of the network, and which weights make and read each of their neurons.
+
+        A network of convolutions that is no `nn.Sequential` is run some times to find out who reads a channel.
+        """
+        example = self._inspected.example
+        # Nobody asked for a forward pass of a plain network: it may leave something behind in the modules.
+        made_up = example is not None and self._example is None and not hasattr(self.module, "config")
+        root = copy.deepcopy(self.module) if made_up else self.module
+        return blocks_of(root, self.sites, example)
+
+    @property
+    def readout(self) -> Readout:
+        """How the residual stream after the last block becomes logits; found by running the model once on a few tokens.
+
+        Keep it in a variable: each use of `model.readout` looks anew, as the weights may have changed.
+
+        Raises:
+            ModelError: the model has no unembedding, or its logits are made in another way; the reason is given.
+        """
+        found = readout_of(self.module, self.sites, self._example)
+        if isinstance(found, str):
+            raise ModelError(f"{self.name} ({type(self.module).__name__}) has no readout: {found}")
+        return found
+
+    @property
+    def tied_weights(self) -> list[tuple[str, ...]]:
+        """Groups of weights that are one tensor under several names, as an embedding and an unembedding may be."""
+        return tied_weights(self.module)
 
     def weights_sha256(self) -> str:
         """SHA-256 over the names, shapes, types and bytes of all weights, as they are now."""
         # Never remembered: PyTorch does not say of every change (`weight.data.zero_()`) that there was one.
-        digest = hashlib.sha256()
-        for name, tensor in self.module.state_dict().items():
-            if isinstance(tensor, torch.Tensor):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-        return digest.hexdigest()
+        return weights_sha256(self.module)
 
     # Running --------------------------------------------------------------------------------------
 
@@ -211,8 +274,10 @@ class Model:
             sites: one site, or several by glob or list.
 
         Returns:
-            For a text at one site: `Activations` `[tokens, size]` with the token strings. Several sites give a
-            dict by site, several texts a list. For a tensor: the site's tensor as it is, `[examples, ..., size]`.
+            For a text at one site: `Activations` `[tokens, size]` with the token strings (of an expert: those of the
+            tokens routed to it). Several sites give a dict by site, several texts a list. For a tensor: the
+            site's tensor, neurons last, `[examples, ..., size]`. Attention probabilities, of heads, are
+            `[heads, queries, keys]` for a text and `[examples, heads, queries, keys]` for a tensor.
 
         Raises:
             SiteNotReached: the forward pass never called the site's module.
@@ -234,12 +299,9 @@ class Model:
                 self.module(x)
         result = {}
         for site in chosen:
-            tensor = joined(site, captured[site.name])
+            seen = joined(site, captured[site.name])
             strings = tokens.get("decoder" if site.stack == "decoder" else "") if tokens else None
-            if strings is not None:
-                tensor = tensor.reshape(-1, tensor.shape[-1])
-                strings = strings if len(strings) == len(tensor) else None
-            result[site.name] = Activations.of(tensor, site.name, strings)
+            result[site.name] = _labelled(site, seen, strings)
         return result[chosen[0].name] if single else result
 
     def logits(self, text: str) -> torch.Tensor:
@@ -327,9 +389,31 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first weight."""
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        """Where inputs go: the device of the first weight, or the one that accelerate computes on."""
+        return input_device(self.module)
+
+    def check_weights(self) -> None:
+        """Refuse a module that cannot be run because weights are missing or lie on several devices.
+
+        Raises:
+            ModelError: weights on "meta" that nobody brings when they are needed, or on two devices with nobody who
+                moves the data between them; the message names one on each.
+        """
+        moved = any(hasattr(module, "_hf_hook") for module in self.module.modules())
+        if moved or hasattr(self.module, "hf_device_map"):
+            return
+        places: dict[torch.device, str] = {}
+        for name, parameter in self.module.named_parameters():
+            places.setdefault(parameter.device, name)
+        if missing := next((name for device, name in places.items() if device.type == "meta"), ""):
+            raise ModelError(
+                f"the weight {missing} is on the device 'meta': it has a shape and no values. Load it first"
+            )
+        if len(places) > 1:
+            listed = " and ".join(f"{name} on {device}" for device, name in list(places.items())[:2])
+            raise ModelError(
+                f"the weights lie on several devices ({listed}): use model.to(...), or device_map= in loading"
+            )
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -364,16 +448,15 @@ class Model:
     def _inspected(self) -> Inspection:
         if self._inspection is None:
             found = inspect(self.module)
-            probe(self.module, found)
-            order = ("resid_pre", "attn", "resid_mid", "gate", "mlp", "resid_post")
+            probe(self.module, found, self._example)
             stacks = [stack.name for stack in found.stacks]
             found.sites = dict(
                 sorted(
                     found.sites.items(),
                     key=lambda item: (
-                        stacks.index(item[1].stack) if item[1].stack in stacks else 0,
-                        item[1].layer or 0,
-                        order.index(item[1].kind) if item[1].kind in order else len(order),
+                        stacks.index(item[1].stack) if item[1].stack in stacks else -1,
+                        -1 if item[1].kind in ("conv", "recurrent") else item[1].layer or 0,
+                        _place_in_block(item[1]),
                     ),
                 )
             )
@@ -382,30 +465,31 @@ class Model:
 
     def _matching(self, wanted: str | Site) -> list[Site]:
         if isinstance(wanted, Site):
-            return [wanted]
+            return [self._checked(wanted)]
         if not isinstance(wanted, str):
             raise _not_a_site(wanted)
-        if wanted.startswith("module:"):
-            return [self._named_module(wanted)]
         pattern = self._unalias(wanted)
+        if pattern.startswith("module:"):
+            return [self._checked(Site.from_name(pattern))]
         found = [site for name, site in self.sites.items() if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             found = [site for name, site in self.sites.items() if fnmatch.fnmatchcase(name, f"*.{pattern}")]
         if not found:
-            raise unknown("site", wanted, self.sites, self._why_not(wanted))
+            raise unknown("site", wanted, self.sites, self._why_not(pattern))
         return found
 
-    @staticmethod
-    def _unalias(name: str) -> str:
-        return name
+    def _unalias(self, name: str) -> str:
+        return unalias(name, self.sites)
 
-    def _named_module(self, name: str) -> Site:
-        path = name.removeprefix("module:")
+    def _checked(self, site: Site) -> Site:
+        """The site with its size, where the module says it; the module must exist."""
         modules = dict(self.module.named_modules())
-        if path not in modules:
-            raise unknown("module", path, [each for each in modules if each])
-        shape = linear_shape(modules[path])
-        return Site(name, "module", None, shape[1] if shape else None, module=path, tensor="output")
+        if site.module not in modules:
+            raise unknown("module", site.module, [each for each in modules if each])
+        shape = linear_shape(modules[site.module])
+        if site.kind != "module" or site.size is not None or shape is None:
+            return site
+        return replace(site, size=shape[1 if site.tensor == "output" else 0])
 
     def _why_not(self, name: str) -> str:
         if not self.sites:
@@ -450,10 +534,22 @@ class Model:
         return not any(hasattr(self.module, head) for head in ("lm_head", "classifier", "score", "cls", "qa_outputs"))
 
 
-def joined(site: Site, captured: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The tensor of a site from one forward pass.
+_IN_BLOCK = (
+    *("resid_pre", "pattern", "attn", "cross_pattern", "cross_attn", "mixer"),
+    *("resid_mid", "expert", "gate", "mlp", "resid_post"),
+)
 
-    A block that computes its MLP in pieces along the sequence calls the module several times.
+
+def _place_in_block(site: Site) -> int:
+    named = site.name.removeprefix(f"{site.stack}.").partition(".")[0]
+    return _IN_BLOCK.index(named) if named in _IN_BLOCK else -1
+
+
+def joined(site: Site, captured: Sequence[Seen]) -> Seen:
+    """What one forward pass showed of a site, as one.
+
+    A block that computes its MLP in pieces along the sequence calls the module several times; a cell is called
+    once for each time step, and its calls `[examples, size]` become `[examples, time, size]`.
 
     Raises:
         SiteNotReached: the module was never called.
@@ -463,16 +559,35 @@ def joined(site: Site, captured: Sequence[torch.Tensor]) -> torch.Tensor:
             f"the forward pass never reached {site.name}: the module {site.module} was not called. "
             "Its weights may be used directly by a fused kernel, or this input takes another path"
         )
-    return captured[0] if len(captured) == 1 else torch.cat(list(captured), dim=1)
+    steps = [seen.tensor for seen in captured]
+    if site.time and all(each.ndim <= 2 and each.shape == steps[0].shape for each in steps):
+        return Seen(torch.stack(steps, dim=steps[0].ndim - 1))
+    if len(captured) == 1:
+        return captured[0]
+    if any(seen.place is not None for seen in captured):
+        raise ModelError(
+            f"{site.name}: one forward pass calls the module {site.module} {len(captured)} times: which call is "
+            "meant cannot be said"
+        )
+    return Seen(torch.cat(steps, dim=1))
+
+
+def _labelled(site: Site, seen: Seen, strings: list[str] | None) -> Activations:
+    """The activations of one input; `strings` are its tokens, None where it is no text."""
+    tensor = seen.tensor
+    if site.kind == "pattern":
+        tensor = tensor.movedim(-1, 1)
+        return Activations.of(tensor if strings is None else tensor[0], site.name, None)
+    if strings is None:
+        return Activations.of(tensor, site.name, None)
+    tensor = tensor.reshape(-1, tensor.shape[-1])
+    if seen.place is not None:
+        strings = [strings[place] for place in seen.place.tolist()]
+    return Activations.of(tensor, site.name, strings if len(strings) == len(tensor) else None)
 
 
 def _is_left_padded(batch: PaddedBatch) -> bool:
     return batch.mask.numel() > 0 and not bool(batch.mask[:, 0].all())
-
-
-def _inputs_by_outputs(module: nn.Module) -> torch.Tensor:
-    weight = cast(torch.Tensor, module.weight).detach()
-    return weight if type(module).__name__ == "Conv1D" else weight.T
 
 
 def _is_text(x: Any) -> TypeGuard[str | Sequence[str]]:

@@ -1,69 +1,58 @@
-"""Run a Hugging Face model once on a few tokens to settle what module names cannot say.
+"""Run a network once on a small input to settle what module names cannot say.
 
 Which tensor is the residual stream between attention and MLP depends on whether the block
 normalises before or after adding, and on whether attention and MLP run side by side: it is read
-off the arithmetic of one small forward pass, and a write is tried before the site is listed.
+off the arithmetic of one small forward pass, and a write is tried before the site is listed. A site that a
+forward pass never reaches is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from patchclamp.model.hooks import first_tensor, input_tensor
-from patchclamp.model.inspection import Inspection, Stack, is_norm, linear_shape
+from patchclamp.model.block import BlockParts
+from patchclamp.model.closeness import same
+from patchclamp.model.convolutions import settle_convolutions
+from patchclamp.model.example import Example, example_inputs, run
+from patchclamp.model.experts import experts_refusal
+from patchclamp.model.hooks import first_tensor, input_tensor, reading
+from patchclamp.model.inspection import Inspection, Stack
+from patchclamp.model.modules import is_norm, linear_shape
 from patchclamp.model.site import Site
 
 
-def probe(root: nn.Module, found: Inspection) -> None:
+def probe(root: nn.Module, found: Inspection, given: Example | None = None) -> None:
     """Add `resid_mid` sites and norms to `found`, and drop the sites that a forward pass never reaches.
 
-    A network that cannot be run on made-up inputs keeps the sites that inspection found.
+    A network that cannot be run on `given`, or on made-up inputs, keeps the sites that inspection found.
     """
-    inputs = example_inputs(root)
+    example = example_inputs(root) if given is None else given
     for stack in found.stacks:
-        key = f"{stack.name}.resid_mid.*" if stack.name else "resid_mid.*"
-        if inputs is None:
-            found.unlisted[key] = "the model could not be tried: it does not say what inputs it takes"
-            continue
-        try:
-            trace = _run(root, stack, inputs)
-        except Exception as error:  # whatever a foreign model raises on made-up inputs
-            found.unlisted[key] = f"the model could not be tried: {type(error).__name__}: {error}"
-            continue
-        _drop_unreadable(root, found, stack, trace)
-        _add_resid_mid(root, found, stack, trace, inputs, key)
+        for layers in stack.alike():
+            _probe_layers(root, found, stack, layers, example)
+    found.example = settle_convolutions(root, found, example)
 
 
-def example_inputs(root: nn.Module) -> dict[str, torch.Tensor] | None:
-    """A few made-up tokens (and an image, where one is wanted) for a Hugging Face model; None for others."""
-    config = getattr(root, "config", None)
-    parameter = next(root.parameters(), None)
-    if config is None or parameter is None or parameter.device.type == "meta":
-        return None
-    from patchclamp.model.signature import accepts
-
-    inputs: dict[str, torch.Tensor] = {}
-    text = getattr(config, "text_config", config)
-    vocabulary = getattr(text, "vocab_size", None)
-    if accepts(root, "input_ids") and vocabulary:
-        # Any tokens do; the last ones of the vocabulary are seldom special.
-        inputs["input_ids"] = torch.arange(vocabulary - 1, vocabulary - 6, -1).clamp(min=0)[None]
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
-    vision = getattr(config, "vision_config", config)
-    side = getattr(vision, "image_size", None)
-    if accepts(root, "pixel_values") and isinstance(side, int):
-        generator = torch.Generator().manual_seed(0)
-        channels = getattr(vision, "num_channels", 3)
-        inputs["pixel_values"] = torch.rand(1, channels, side, side, generator=generator).to(parameter.dtype)
-    return {name: value.to(parameter.device) for name, value in inputs.items() if accepts(root, name)} or None
+def _probe_layers(root: nn.Module, found: Inspection, stack: Stack, layers: list[int], example: Example | None) -> None:
+    """Settle the layers that are built like the first of them, by looking at that one."""
+    block = _Block(root, stack, layers, example)
+    parts = stack.layers[layers[0]]
+    if parts.experts and (why := experts_refusal(block.module.get_submodule(parts.experts))):
+        found.drop(stack, "expert", layers, why)
+    try:
+        trace = block.run()
+    except Exception as error:  # whatever a foreign model raises on made-up inputs
+        found.explain(stack, "resid_mid", layers, f"the model could not be tried: {type(error).__name__}: {error}")
+        return
+    _drop_unreadable(found, block, parts, trace)
+    if trace.order.count("") == 1:
+        _drop_patterns(root, found, block, parts)
+        _add_resid_mid(found, block, parts, trace)
 
 
 # One traced forward pass ----------------------------------------------------------------------------
@@ -71,154 +60,194 @@ def example_inputs(root: nn.Module) -> dict[str, torch.Tensor] | None:
 
 @dataclass
 class _Trace:
-    """Inputs and outputs of the modules of the first block, in the order in which they ran. All [rows, d]."""
+    """Inputs and outputs of the modules of a block, in the order in which they ran. All [rows, d]."""
 
     order: list[str] = field(default_factory=list)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    shape: list[int] = field(default_factory=list)  # of what the block returns
 
 
-def _run(
-    root: nn.Module, stack: Stack, inputs: dict[str, Any], nudge: tuple[str, torch.Tensor] | None = None
-) -> _Trace:
-    base = stack.block(0)
-    block = root.get_submodule(base)
-    trace = _Trace()
-    handles = []
+@dataclass
+class _Block:
+    """The first of some layers that are built alike, and how to run it: in the whole network, or alone."""
 
-    def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.detach().reshape(-1, tensor.shape[-1]).clone()
+    root: nn.Module
+    stack: Stack
+    layers: list[int]
+    example: Example | None
 
-    def before(path: str):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensor = input_tensor(args, kwargs)
-            if tensor is not None and nudge is not None and path == nudge[0]:
-                tensor.add_(nudge[1].to(tensor))
-            if (kept := rows(tensor)) is not None:
-                trace.order.append(path)
-                trace.inputs[path] = kept
+    @property
+    def base(self) -> str:
+        return self.stack.block(self.layers[0])
 
-        return hook
+    @property
+    def module(self) -> nn.Module:
+        return self.root.get_submodule(self.base)
 
-    def after(path: str):
-        def hook(_module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
-            if (kept := rows(first_tensor(output))) is not None:
-                trace.outputs[path] = kept
+    def call(self) -> None:
+        """One forward pass that ought to run the block."""
+        if self.example is not None:
+            run(self.root, self.example)
+        else:
+            self.call_alone()
 
-        return hook
+    def call_alone(self) -> None:
+        """The block by itself."""
+        # Nothing is known of what the network takes; most blocks take `[examples, positions, width]`.
+        weight = next(self.root.parameters())
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(1, 5, self.stack.layers[self.layers[0]].width, generator=generator)
+        run(self.module, Example((states.to(weight.device, weight.dtype),)))
 
-    try:
-        for path, module in block.named_modules():
-            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(path), with_kwargs=True))
-        with torch.no_grad(), undisturbed(root):
-            root(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace
+    def run(self, nudge: tuple[str, torch.Tensor] | None = None) -> _Trace:
+        trace = _Trace()
+        handles = []
 
+        def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.detach().reshape(-1, tensor.shape[-1]).clone()
 
-@contextmanager
-def undisturbed(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; the modes of all modules and the random generators are put back."""
-    training = [module for module in root.modules() if module.training]
-    with torch.random.fork_rng(devices=[]):
-        root.eval()
+        def before(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+                tensor = input_tensor(args, kwargs)
+                if tensor is not None and nudge is not None and path == nudge[0]:
+                    tensor.add_(nudge[1].to(tensor))
+                if (kept := rows(tensor)) is not None:
+                    trace.order.append(path)
+                    trace.inputs[path] = kept
+
+            return hook
+
+        def after(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
+                tensor = first_tensor(output)
+                if (kept := rows(tensor)) is not None and tensor is not None:
+                    trace.outputs[path] = kept
+                    trace.shape = list(tensor.shape) if not path else trace.shape
+
+            return hook
+
         try:
-            yield
+            for path, module in self.module.named_modules():
+                handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+                handles.append(module.register_forward_hook(after(path), with_kwargs=True))
+            self.call()
+            if not trace.order:  # the example takes another way, through another tower
+                self.call_alone()
         finally:
-            for module in training:
-                module.training = True
+            for handle in handles:
+                handle.remove()
+        return trace
+
+    def sites(self, found: Inspection) -> dict[str, Site]:
+        """The sites of this first layer: kind as it stands in the name -> site."""
+        of_layer = [s for s in found.sites.values() if s.stack == self.stack.name and s.layer == self.layers[0]]
+        return {site.name.removeprefix(self.stack.prefix).partition(".")[0]: site for site in of_layer}
 
 
-def _drop_unreadable(root: nn.Module, found: Inspection, stack: Stack, trace: _Trace) -> None:
-    base = stack.block(0) + "."
-    block = root.get_submodule(stack.block(0))
-    for name, site in list(found.sites.items()):
-        if site.stack != stack.name or site.layer != 0:
-            continue
-        path, why = site.module.removeprefix(base), ""
-        if trace.order.count("") > 1:
-            why = f"a forward pass calls {stack.block(0)} {trace.order.count('')} times: its layers share their weights"
-        elif not site.kind.startswith("resid") and path not in trace.order:
+def _drop_unreadable(found: Inspection, block: _Block, parts: BlockParts, trace: _Trace) -> None:
+    times = trace.order.count("")
+    for kind, site in block.sites(found).items():
+        path, why = site.module.removeprefix(block.base + "."), ""
+        if times > 1:
+            why = f"a forward pass calls {block.base} {times} times: its layers share their weights"
+        elif site.kind in ("resid_pre", "resid_post"):
+            if not trace.shape or trace.shape[site.axis] != parts.width:
+                why = f"{block.base} returns {trace.shape or 'no tensor'}, which has no axis of {parts.width} neurons"
+        elif site.through == "module" and path not in trace.order:
             why = f"a forward pass never calls {site.module} as a module"
-        elif site.kind == "attn":
-            module = stack.parts.attending[name.split(".")[-2]] + "."
-            last = [each for each in trace.order if each.startswith(module) and linear_shape(block.get_submodule(each))]
+        elif site.kind in ("attn", "mixer"):
+            module = (parts.attending[kind] if site.kind == "attn" else parts.mixer.rpartition(".")[0]) + "."
+            last = [
+                each
+                for each in trace.order
+                if each.startswith(module) and linear_shape(block.module.get_submodule(each))
+            ]
             if last[-1] != path:
                 why = f"{last[-1]} runs after {path}: which is the output projection cannot be told"
         if why:
-            kind = name.removesuffix(".0")
-            for layer in stack.layers:
-                found.sites.pop(f"{kind}.{layer}", None)
-            found.unlisted[f"{kind}.*"] = why
+            found.drop(block.stack, kind, block.layers, why)
+
+
+def _drop_patterns(root: nn.Module, found: Inspection, block: _Block, parts: BlockParts) -> None:
+    """Try to read the attention probabilities, as only a forward pass shows whether there are any."""
+    for kind, site in block.sites(found).items():
+        if site.kind != "pattern":
+            continue
+        try:
+            with reading(root, [site]) as captured:
+                block.call()
+            shown = [list(seen.tensor.shape) for seen in captured[site.name]]
+            why = "" if len(shown) == 1 and shown[0][-1] == site.size else f"one forward pass shows {shown}"
+        except Exception as error:  # whatever a foreign model raises
+            why = f"{type(error).__name__}: {error}"
+        if why:
+            found.drop(block.stack, kind, block.layers, f"{parts.attending[kind.replace('pattern', 'attn')]}: {why}")
 
 
 # The residual stream between attention and MLP --------------------------------------------------------
 
 
-def _add_resid_mid(
-    root: nn.Module, found: Inspection, stack: Stack, trace: _Trace, inputs: dict[str, Any], key: str
-) -> None:
-    block = root.get_submodule(stack.block(0))
-    answer = _middle(block, stack, trace)
+def _add_resid_mid(found: Inspection, block: _Block, parts: BlockParts, trace: _Trace) -> None:
+    stack = block.stack
+    answer = _middle(block.module, parts, trace)
     if isinstance(answer, str):
-        found.unlisted[key] = answer
+        found.explain(stack, "resid_mid", block.layers, answer)
         return
     path, where, norm = answer
-    if where == "input" and not _write_is_seen(root, stack, trace, inputs, path, norm):
-        found.unlisted[key] = "the residual and the norm's input are two tensors: a write to one misses the other"
+    if where == "input" and not _write_is_seen(block, parts, trace, path, norm):
+        why = "the residual and the norm's input are two tensors: a write to one misses the other"
+        found.explain(stack, "resid_mid", block.layers, why)
         return
-    norms = {each: _norm_after(block, trace, each, where == "output") for each in stack.parts.attention.values()}
-    norms[stack.parts.output] = norm
-    sites: dict[str, Site] = {}
-    for name, site in found.sites.items():
-        if site.stack == stack.name and site.kind in ("mlp", "gate") and site.layer is not None:
-            middle = f"{stack.name}.resid_mid.{site.layer}" if stack.name else f"resid_mid.{site.layer}"
-            if middle not in sites:
-                sites[middle] = Site(
-                    middle,
-                    "resid_mid",
-                    site.layer,
-                    trace.outputs[""].shape[-1],
-                    stack=stack.name,
-                    module=f"{stack.block(site.layer)}.{path}" if path else stack.block(site.layer),
-                    tensor="input" if where == "input" else "output",
-                    in_place=where == "input",
-                )
-        if site.stack == stack.name and site.writes is not None and site.layer is not None:
-            base = stack.block(site.layer) + "."
-            following = norms.get(site.writes.removeprefix(base))
-            site = replace(site, norm=following and base + following)
-        sites[name] = site
-    found.sites = sites
+    norms = {each: _norm_after(block.module, trace, each, where == "output") for each in parts.attention.values()}
+    if parts.output:
+        norms[parts.output] = norm
+    for layer in block.layers:
+        base = stack.block(layer)
+        middle = f"{stack.prefix}resid_mid.{layer}"
+        found.sites[middle] = Site(
+            middle,
+            "resid_mid",
+            layer,
+            trace.outputs[""].shape[-1],
+            stack=stack.name,
+            module=f"{base}.{path}" if path else base,
+            tensor="input" if where == "input" else "output",
+            in_place=where == "input",
+        )
+        for name, site in found.sites.items():
+            if site.stack == stack.name and site.layer == layer and site.writes is not None:
+                following = norms.get(site.writes.removeprefix(base + "."))
+                found.sites[name] = replace(site, norm=following and f"{base}.{following}")
 
 
-def _middle(block: nn.Module, stack: Stack, trace: _Trace) -> tuple[str, str, str | None] | str:
+def _middle(block: nn.Module, parts: BlockParts, trace: _Trace) -> tuple[str, str, str | None] | str:
     """(module, "input" or "output", norm after the MLP) of the residual before the MLP; or why there is none."""
-    first = next((path for path in trace.order if path in stack.parts.inputs.values()), None)
-    output = stack.parts.output
-    if first is None or output not in trace.outputs or "" not in trace.outputs:
+    if not parts.branch:
+        return "the block has no MLP, so it has no middle"
+    feeding = {path for path in (parts.branch, parts.experts, *parts.inputs.values()) if path}
+    first = next((path for path in trace.order if path in feeding), None)
+    branch_output = parts.branch
+    if first is None or branch_output not in trace.outputs or "" not in trace.outputs:
         return "a forward pass never calls the MLP's projections"
     norms = _norms(block, trace)
     before = [path for path in norms if trace.order.index(path) < trace.order.index(first)]
-    after = [path for path in norms if trace.order.index(path) > trace.order.index(output)]
-    written, block_output = trace.outputs[output], trace.outputs[""]
+    after = [path for path in norms if trace.order.index(path) > trace.order.index(branch_output)]
+    written, block_output = trace.outputs[branch_output], trace.outputs[""]
     if not before or trace.outputs[before[-1]].shape != written.shape:
         return "no norm runs before the MLP"
     last = before[-1]
     branch, branch_norm = written, None
     for path in after:
-        if _same(trace.inputs[path], written):
+        if same(trace.inputs[path], written):
             branch, branch_norm = trace.outputs[path], path
             break
-    if _same(trace.inputs[last] + branch, block_output):
-        if "" in trace.inputs and _same(trace.inputs[last], trace.inputs[""]):
+    if same(trace.inputs[last] + branch, block_output):
+        if "" in trace.inputs and same(trace.inputs[last], trace.inputs[""]):
             return "nothing is added to the residual before the MLP: there is no middle"
         return last, "input", branch_norm
     for path in after:
-        if _same(trace.inputs[path], trace.outputs[last] + written):
+        if same(trace.inputs[path], trace.outputs[last] + written):
             return last, "output", path
     return "the block does not add the MLP's output to what its norm reads (side by side, or another arithmetic)"
 
@@ -229,27 +258,16 @@ def _norm_after(block: nn.Module, trace: _Trace, projection: str, normalises_sum
         return None
     after = [path for path in _norms(block, trace) if trace.order.index(path) > trace.order.index(projection)]
     written = trace.outputs[projection]
-    return next((path for path in after if normalises_sums or _same(trace.inputs[path], written)), None)
+    return next((path for path in after if normalises_sums or same(trace.inputs[path], written)), None)
 
 
 def _norms(block: nn.Module, trace: _Trace) -> list[str]:
     return [path for path in trace.order if path and is_norm(block.get_submodule(path)) and path in trace.outputs]
 
 
-def _write_is_seen(
-    root: nn.Module, stack: Stack, trace: _Trace, inputs: dict[str, Any], path: str, norm: str | None
-) -> bool:
+def _write_is_seen(block: _Block, parts: BlockParts, trace: _Trace, path: str, norm: str | None) -> bool:
     scale = trace.inputs[path].abs().max()
-    nudged = _run(root, stack, inputs, (path, torch.linspace(-1, 1, trace.inputs[path].shape[-1]) * scale))
-    branch = nudged.outputs[norm or stack.parts.output]
-    changed = not _same(nudged.outputs[""], trace.outputs[""])
-    return changed and _same(nudged.inputs[path] + branch, nudged.outputs[""])
-
-
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.shape != right.shape or not left.numel():
-        return left.shape == right.shape
-    # A few roundings of the model's own precision, relative to the largest value.
-    tolerance = max(1e-4, 8 * max(torch.finfo(each.dtype).eps for each in (left, right)))
-    left, right = left.double(), right.double()
-    return bool((left - right).abs().max() <= tolerance * right.abs().max())
+    nudged = block.run((path, torch.linspace(-1, 1, trace.inputs[path].shape[-1]) * scale))
+    branch = nudged.outputs[norm or parts.branch]
+    changed = not same(nudged.outputs[""], trace.outputs[""])
+    return changed and same(nudged.inputs[path] + branch, nudged.outputs[""])

@@ -25,6 +25,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     special: list[bool]  # tokens that the tokenizer added: they are not part of the text
     truncated: bool
+    offsets: list[tuple[int, int]] | None = None  # the characters of each token; (0, 0) for one that has none
 
 
 class TokenReader:
@@ -37,9 +38,39 @@ class TokenReader:
         self.pad_id: int = pad if isinstance(pad, int) else 0
         self.max_length = _max_length(tokenizer, config)
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[Encoded]:
-        """Token ids of each text, cut at `max_length` (default: what model and tokenizer can take)."""
-        limit = self.max_length if max_length is None else max_length
+    @property
+    def has_offsets(self) -> bool:
+        """Whether the tokenizer can say which characters of a text a token is made of (a fast one can)."""
+        return bool(getattr(self._tokenizer, "is_fast", False))
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        *,
+        whole: bool = False,
+        ready: bool = False,
+        offsets: bool = False,
+    ) -> list[Encoded]:
+        """Token ids of each text, cut at `max_length` (default: what model and tokenizer can take).
+
+        Args:
+            texts: the texts.
+            max_length: longest text in tokens.
+            whole: cut nothing, however long a text is.
+            ready: the texts hold their special tokens already (a rendered conversation): add none, and take those
+                that are there for special.
+            offsets: also say which characters each token is made of.
+
+        Raises:
+            ModelError: offsets are asked for and the tokenizer cannot tell them.
+        """
+        if offsets and not self.has_offsets:
+            raise ModelError(
+                f"{type(self._tokenizer).__name__} is a slow tokenizer, which does not say which characters a token is "
+                "made of, so labels of words cannot be matched with tokens: load a fast one (a tokenizer.json)"
+            )
+        limit = None if whole else self.max_length if max_length is None else max_length
         # One token more than the limit would be enough to know of a cut, but a tokenizer that adds special
         # tokens at the end must see the limit itself: so cut texts are those that fill it and change without it.
         batch = self._tokenizer(
@@ -47,18 +78,31 @@ class TokenReader:
             truncation=limit is not None,
             max_length=limit,
             padding=False,
+            add_special_tokens=not ready,
             return_special_tokens_mask=True,
             return_attention_mask=False,
+            verbose=not whole,
+            **({"return_offsets_mapping": True} if offsets else {}),
         )
         ids, special = batch["input_ids"], batch["special_tokens_mask"]
         full = [number for number, each in enumerate(ids) if limit is not None and len(each) >= limit]
         cut = set()
         if full:
-            whole = self._tokenizer([texts[number] for number in full], truncation=False, padding=False, verbose=False)
-            cut = {n for n, each in zip(full, whole["input_ids"], strict=True) if len(each) > len(ids[n])}
+            uncut = self._tokenizer(
+                [texts[number] for number in full],
+                truncation=False,
+                padding=False,
+                add_special_tokens=not ready,
+                verbose=False,
+            )
+            cut = {n for n, each in zip(full, uncut["input_ids"], strict=True) if len(each) > len(ids[n])}
+        if ready:
+            known = self._control_ids
+            special = [[token in known for token in each] for each in ids]
+        places = batch["offset_mapping"] if offsets else [None] * len(ids)
         return [
-            Encoded(list(each), [bool(flag) for flag in flags], number in cut)
-            for number, (each, flags) in enumerate(zip(ids, special, strict=True))
+            Encoded(list(each), [bool(flag) for flag in flags], number in cut, of_text)
+            for number, (each, flags, of_text) in enumerate(zip(ids, special, places, strict=True))
         ]
 
     def strings(self, ids: Sequence[int]) -> list[str]:
@@ -103,6 +147,13 @@ class TokenReader:
     def special_ids(self) -> set[int]:
         """Ids of the tokenizer's special tokens."""
         return set(self._tokenizer.all_special_ids)
+
+    @property
+    def _control_ids(self) -> set[int]:
+        """Special tokens without the one that stands for unknown text, unless it has another use too (GPT-2)."""
+        tokenizer = self._tokenizer
+        uses = [name for name, token in tokenizer.special_tokens_map.items() if token == tokenizer.unk_token]
+        return self.special_ids - ({tokenizer.unk_token_id} if uses == ["unk_token"] else set())
 
 
 class PaddedBatch(NamedTuple):

@@ -33,10 +33,12 @@ class Calibration:
     Attributes:
         maximum: [size] float32, the largest activation of each neuron in the sample.
         quantile: gives for q in [0, 1] the quantile of each neuron in the sample, [size] float32.
+        quantile_of_examples: the same of the largest activation in each example; None where only rows were looked at.
     """
 
     maximum: np.ndarray
     quantile: Callable[[float], np.ndarray]
+    quantile_of_examples: Callable[[float], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Setting:
         labels: label name -> its categories; a row's category code is an index into them.
         calibration: only needed where a threshold is relative.
         dtype: torch.float32 or torch.float64, what the values will arrive in (so that `nbytes` is right).
+        grid: as in the batches of this site; None where it has none, or before the first of them.
+        examples: how many examples the data has, which number from 0; None where that is not known.
+        scratch: folder for what grows with the data; None keeps that in memory.
+        sizes: site -> number of neurons, of the other sites that are recorded too, as far as that is known.
     """
 
     site: str
@@ -58,6 +64,10 @@ class Setting:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     calibration: Calibration | None = None
     dtype: torch.dtype = torch.float32
+    grid: tuple[int, ...] | None = None
+    examples: int | None = None
+    scratch: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +81,10 @@ class Batch:
         position: [rows] int64, index of the token in the example's own sequence.
         token: [rows] int64 token ids; None for data without tokens.
         labels: label name -> [rows] int64 category code.
+        grid: where every example gives the same number of rows, which lie on a grid (the pixels of a channel's
+            map, `(height, width)`), its shape; a row's position counts along the last dimension first. Else None.
+        others: site -> [rows, its size], what other sites did on the same rows, finite or not; only those that a
+            summary asks for (`wants_sites`).
 
     Raises:
         DataError: the shapes do not belong together, or the values are neither float32 nor float64.
@@ -81,6 +95,8 @@ class Batch:
     position: torch.Tensor
     token: torch.Tensor | None = None
     labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    grid: tuple[int, ...] | None = None
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
@@ -92,6 +108,9 @@ class Batch:
         for name, column in columns.items():
             if column is not None and column.shape != (len(self),):
                 raise DataError(f"a batch of {len(self)} rows has {name} of shape {list(column.shape)}")
+        for site, values in self.others.items():
+            if values.ndim != 2 or len(values) != len(self):
+                raise DataError(f"a batch of {len(self)} rows has {site} of shape {list(values.shape)}")
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -119,6 +138,8 @@ class Batch:
             position=self.position[rows],
             token=None if self.token is None else self.token[rows],
             labels={name: codes[rows] for name, codes in self.labels.items()},
+            grid=self.grid,
+            others={site: values[rows] for site, values in self.others.items()},
         )
 
     # Below: what several summaries need of the same batch, computed once.
@@ -147,10 +168,52 @@ class Batch:
         """[groups] int64: the smallest `rank` in every `GROUP_ROWS` rows."""
         return torch.stack([part.min() for part in self.rank.split(GROUP_ROWS)])
 
+    @cached_property
+    def spans(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The examples of this batch: their ids, first rows, and numbers of rows; [examples] int64 each.
+
+        Raises:
+            DataError: the rows of an example are not adjacent.
+        """
+        ids, count = torch.unique_consecutive(self.example, return_counts=True)
+        present, times = torch.unique(ids, return_counts=True)
+        if len(present) < len(ids):
+            split = int(present[times > 1][0])
+            raise DataError(f"the rows of example {split} are not adjacent in a batch")
+        return ids, count.cumsum(0) - count, count
+
+    @cached_property
+    def maxima(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest value of each neuron in each of the `spans`, and the first row that has it.
+
+        Both [examples, size], the second int64. A zero has no sign.
+
+        Raises:
+            DataError: the rows of an example are not adjacent.
+        """
+        _, first, count = self.spans
+        if not len(self):
+            return self.values, self.values.long()
+        longest = int(count.max())
+        # All examples as long as the longest: the last row once more is not larger, and not earlier.
+        inside = torch.arange(longest, device=first.device).minimum(count[:, None] - 1)
+        at_once = max(1, self.block_rows // longest)
+        found, row = [], []
+        for start, offset in zip(first.split(at_once), inside.split(at_once), strict=True):
+            value, place = self.values[start[:, None] + offset].max(dim=1)
+            found.append(value + 0.0)
+            row.append(start[:, None] + place)
+        return torch.cat(found), torch.cat(row)
+
     def _check_range(self, name: str, column: torch.Tensor, largest: int) -> None:
         low, high = (int(each) for each in torch.aminmax(column))
         if low < 0 or high > largest:
             raise DataError(f"{name} must be in 0 ... {largest}; this batch has {low if low < 0 else high}")
+
+
+def example_of(rank: torch.Tensor) -> torch.Tensor:
+    """The example ids, int64, that `Batch.rank` was made of."""
+    return rank >> _POSITION_BITS
 
 
 def unpack_rank(rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

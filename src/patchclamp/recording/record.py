@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchclamp.data import Tensors, Texts, as_data
+from patchclamp.data import Chats, Images, Tensors, Texts, as_data
 from patchclamp.errors import DataError, StoreError
 from patchclamp.model.load import load
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
-from patchclamp.recording.corpus import TensorCorpus, TextCorpus, tokenize
+from patchclamp.recording.corpus import Reading, TensorCorpus, TextCorpus, tokenize
 from patchclamp.recording.facts import differences, facts_of
+from patchclamp.recording.image_corpus import ImageCorpus
+from patchclamp.recording.packable import pack
+from patchclamp.recording.positions import Choice, Positions
 from patchclamp.recording.recording import Recording
 from patchclamp.recording.run import Run
 from patchclamp.recording.summaries import (
@@ -32,12 +35,13 @@ from patchclamp.recording.summaries import (
     TopExamples,
 )
 from patchclamp.recording.thresholds import FractionOfMaximum
+from patchclamp.recording.tokenizing import LongTexts
 from patchclamp.storage import read_manifest, temporary_folder
 
 
 def record(
     model: Model | nn.Module,
-    data: Texts | Tensors | Sequence[str] | Iterable[str] | torch.Tensor | Any,
+    data: Texts | Chats | Tensors | Images | Sequence[str] | Iterable[str] | torch.Tensor | Any,
     sites: str | Site | Iterable[str | Site] = "mlp.*",
     summaries: Sequence[Summary | type[Summary]] | None = None,
     *,
@@ -48,9 +52,13 @@ def record(
     seed: int = 0,
     progress: bool = True,
     special_tokens: bool = False,
+    positions: str | Choice = "all",
+    long_texts: LongTexts = "cut",
+    overlap: int = 0,
+    packing: bool = False,
     memory: int | None = None,
 ) -> Recording:
-    """Run a model over data once and summarise what its neurons do; memory does not grow with the data.
+    """Run a model over data once and summarise what its neurons do; memory is bounded, however long the data.
 
     Args:
         model: a `Model` from `patchclamp.load`, or any module.
@@ -68,15 +76,27 @@ def record(
         seed: draws the sample that relative thresholds are calibrated on.
         progress: draw a progress bar, and say beforehand what memory the summaries take.
         special_tokens: count the tokens that the tokenizer adds too. Padding never counts.
-        memory: most bytes that the summaries may take; default: 80% of the machine's.
+        positions: which tokens of a text count: "all"; "last", the last one; "response", those of the assistant's
+            turns (`pc.Chats` only); or a function from the `Example` and the strings of its tokens, special ones
+            included, to a bool for each token or to the indices of those that count.
+        long_texts: "cut" leaves out what is longer than `max_length`. "windows" reads it in windows of `max_length`
+            tokens, each with its own special tokens; then an example is a window, and the recording says of which
+            document, and where in it, it begins.
+        overlap: of the windows, in tokens, which are context in the later window and count in the earlier alone.
+        packing: put several short texts on one line of a batch, none of which sees another: less padding, the same
+            result. Before anything is recorded it is tried on texts of the data.
+        memory: most bytes that the summaries may take; default: 80% of the machine's. What grows with the data
+            (`Pooled`) takes what they leave, then a temporary file that goes with the recording.
 
     Returns:
         A `Recording`; `recording["mlp.3"].moments.mean` is `[size]`.
 
     Raises:
-        DataError: no examples, a text without tokens, labels of the wrong length, too little memory.
+        DataError: no examples, a text without tokens, labels of the wrong length or that do not fit the words,
+            windows without room, no position that counts, too little memory.
         UnknownName: no such site.
-        ModelError: the model reads no texts, or which row of a site's tensor is whose cannot be said.
+        ModelError: the model reads no texts, which row of a site's tensor is whose cannot be said, token labels
+            with a slow tokenizer, conversations without a chat template, or packing where texts would see each other.
         SiteNotReached: a forward pass never reached a site.
         StoreError: the store cannot be written, or holds a recording of something else (which is said).
     """
@@ -95,6 +115,10 @@ def record(
         seed=seed,
         progress=progress,
         special_tokens=special_tokens,
+        positions=positions,
+        long_texts=long_texts,
+        overlap=overlap,
+        packing=packing,
         memory=memory,
     )
     if target is None:
@@ -105,6 +129,7 @@ def record(
         Summary.from_parameters(name, each.parameters())  # what could not be opened again is refused now
     # Beside the store, because all activations may be more than the folder for temporary files can take.
     with temporary_folder(target) as folder:
+        run.scratch = folder
         run.go(progress, folder if activations else None).save(target)
     return Recording.open(target)
 
@@ -121,24 +146,39 @@ def prepare(
     seed: int = 0,
     progress: bool = True,
     special_tokens: bool = False,
+    positions: str | Choice = "all",
+    long_texts: LongTexts = "cut",
+    overlap: int = 0,
+    packing: bool = False,
     memory: int | None = None,
 ) -> Run:
-    """All of `record` that comes before the first forward pass: check what was asked for, and tokenize."""
+    """All of `record` that comes before the pass: check what was asked for, tokenize, try packing."""
     if batch_tokens < 1:
         raise DataError(f"batch_tokens is a number of tokens, at least 1; not {batch_tokens}")
     chosen = model.select(sites)
     if not chosen:
         raise DataError("no sites are asked for: sites='mlp.*' takes every MLP; model.explain_sites() lists the others")
     given = as_data(data)
-    templates = _templates(summaries, bool(given.labels), _has_tokens(given))
-    corpus = _corpus(model, given, max_length, special_tokens, progress)
+    labelled = bool(given.labels) or bool(isinstance(given, (Texts, Chats)) and given.token_labels)
+    templates = _templates(summaries, labelled, _has_tokens(given))
+    reading = Reading(max_length, special_tokens, long_texts, overlap, Positions(positions))
+    if not isinstance(given, (Texts, Chats)):
+        _refuse_for_texts_only(given, positions=positions, long_texts=long_texts, overlap=overlap, packing=packing)
+    corpus = _corpus(model, given, reading, progress)
+    if packing and isinstance(corpus, TextCorpus):
+        pack(model, corpus, chosen, batch_tokens)
     parameters = {
         "max_length": max_length,
         "seed": seed,
         "special_tokens": special_tokens,
+        "positions": reading.positions.parameters(),
+        "long_texts": long_texts,
+        "overlap": overlap,
         "activations": activations,
     }
     facts = facts_of(model, corpus, chosen, templates, parameters)
+    if isinstance(corpus, TextCorpus):
+        facts["data"] |= corpus.facts()
     return Run(model, corpus, chosen, templates, batch_tokens, seed, facts, memory)
 
 
@@ -182,12 +222,22 @@ def _templates(summaries: Sequence[Summary | type[Summary]] | None, labels: bool
     return templates
 
 
-def _has_tokens(data: Texts | Tensors) -> bool:
-    return isinstance(data, Texts) or (data.values.ndim == 2 and not data.values.is_floating_point())
+def _has_tokens(data: Texts | Chats | Tensors | Images) -> bool:
+    if isinstance(data, Tensors):
+        return data.values.ndim == 2 and not data.values.is_floating_point()
+    return not isinstance(data, Images)
+
+
+def _refuse_for_texts_only(data: object, **given: Any) -> None:
+    usual = {"positions": "all", "long_texts": "cut", "overlap": 0, "packing": False}
+    for name, value in given.items():
+        if value != usual[name]:
+            kind = type(data).__name__
+            raise DataError(f"{name}={value!r} is about the tokens of texts, and the data are pc.{kind}: leave it out")
 
 
 def _corpus(
-    model: Model, data: Texts | Tensors, max_length: int | None, special_tokens: bool, show: bool
+    model: Model, data: Texts | Chats | Tensors | Images, reading: Reading, show: bool
 ) -> TextCorpus | TensorCorpus:
     if isinstance(data, Tensors):
         return TensorCorpus(model, data)
@@ -195,8 +245,11 @@ def _corpus(
         total = len(data)
     except TypeError:
         total = 0
+    if isinstance(data, Images):
+        with progress_bar("reading images", total, "images", show=show and total > 5000) as bar:
+            return ImageCorpus(model, data, bar)
     with progress_bar("tokenizing", total, "texts", show=show and total > 5000) as bar:
-        return tokenize(model, data, max_length, special_tokens, bar)
+        return tokenize(model, data, reading, bar)
 
 
 def _check_writable(target: Path) -> None:

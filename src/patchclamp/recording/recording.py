@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from patchclamp.model.site import Site
 from patchclamp.neurons import Neurons
 from patchclamp.recording.activation_store import StoredActivations, opened_activations
 from patchclamp.recording.batch import Batch, Calibration, Setting
+from patchclamp.recording.compare import compare
+from patchclamp.recording.mapped import mapped
 from patchclamp.recording.summaries import ByLabel, Summary
 from patchclamp.recording.windows import Window, Windows
 from patchclamp.storage import new_folder, read_manifest, verify_files, write_manifest
@@ -38,6 +41,7 @@ class SiteRecording:
         nonfinite: how many activations were NaN, how many infinite, and how many rows were left out for it.
         summaries: the accumulators by name.
         activations: every activation on disk, if the recording was asked for them, else None.
+        passed: positions that count and went by; more than `count` for an expert, to which only some are routed.
     """
 
     site: Site
@@ -45,6 +49,21 @@ class SiteRecording:
     nonfinite: dict[str, int]
     summaries: dict[str, Summary]
     activations: StoredActivations | None = None
+    passed: int | None = None
+
+    @property
+    def routing_rate(self) -> float:
+        """Share of the tokens that were routed to this expert; 1 for a site that sees every token."""
+        return 1.0 if self.passed is None else self.count / self.passed if self.passed else float("nan")
+
+    @property
+    def firing_rate_per_token(self) -> np.ndarray:
+        """[size, thresholds] float64: share of all tokens on which a neuron fires; one not routed here does not.
+
+        `firing_rate.rate` is the share of the tokens that were routed to the expert.
+        """
+        rate = np.nan_to_num(self.firing_rate.rate)  # of an expert to which nothing was routed: it never fired
+        return rate * self.routing_rate
 
     def __getattr__(self, name: str) -> Any:
         summaries = self.__dict__.get("summaries", {})
@@ -103,6 +122,18 @@ class Recording:
         frames = [_simple_columns(name, each) for name, each in self.by_site.items()]
         return Neurons.from_polars(pl.concat(frames, how="diagonal_relaxed"))
 
+    def compare(self, other: Recording, same_data: bool = True) -> Neurons:
+        """Every neuron, the one that changed most from this recording to `other` first; see `recording.compare`.
+
+        Args:
+            other: a recording of the same sites and data: another checkpoint or seed, or after an edit.
+            same_data: False compares distributions over different data.
+
+        Raises:
+            DataError: sites, sizes or data differ, or no summary that can be compared is in both.
+        """
+        return compare(self, other, same_data)
+
     def window(self, site: str, example: int, position: int, context: int = 12) -> Window:
         """The tokens around a position that the recording shows at a site, at most `context` on each side.
 
@@ -149,6 +180,8 @@ class Recording:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording into a folder: safetensors, Parquet, Zarr and a manifest with checksums.
 
+        What `Pooled` keeps is in files of its own, and is mapped into memory, not read, when it is opened.
+
         The folder appears only when it is whole. An older recording there is replaced.
 
         Raises:
@@ -192,12 +225,13 @@ class Recording:
 
         (folder / "summaries").mkdir()
         for name, each in self.by_site.items():
-            arrays = {
-                f"{summary}/{key}": np.asarray(array, order="C")
-                for summary, accumulator in each.summaries.items()
-                for key, array in accumulator.state().items()
-            }
-            save_file(arrays, folder / "summaries" / _file_name(name))
+            arrays: dict[bool, dict[str, np.ndarray]] = {False: {}, True: {}}
+            for summary, accumulator in each.summaries.items():
+                for key, array in accumulator.state().items():
+                    arrays[key in accumulator.large][f"{summary}/{key}"] = np.asarray(array, order="C")
+            save_file(arrays[False], folder / "summaries" / _file_name(name))
+            if arrays[True]:
+                save_file(arrays[True], folder / "summaries" / _file_name(name, large=True))
         for stack, windows in self.windows.items():
             file = folder / f"windows{'.' if stack else ''}{stack}.safetensors"
             save_file({key: np.asarray(each, order="C") for key, each in windows.state().items()}, file)
@@ -225,6 +259,7 @@ class Recording:
                     "site": asdict(each.site),
                     "count": each.count,
                     "nonfinite": each.nonfinite,
+                    "passed": each.passed,
                     "summaries": list(each.summaries),
                 }
                 for name, each in self.by_site.items()
@@ -235,8 +270,9 @@ class Recording:
         }
 
 
-def _file_name(site: str) -> str:
-    return quote(site, safe=".-_") + ".safetensors"
+def _file_name(site: str, large: bool = False) -> str:
+    # "%" stands in no name: it is always quoted.
+    return quote(site, safe=".-_") + ("%large" if large else "") + ".safetensors"
 
 
 def _is_chunk(file: str) -> bool:
@@ -249,19 +285,24 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
     labels = {name: tuple(each) for name, each in manifest["labels"].items()}
     templates = {name: Summary.from_parameters(name, each) for name, each in manifest["summaries"].items()}
     by_site = {}
+    sizes = {name: stored["site"]["size"] or 0 for name, stored in manifest["sites"].items()}
     for name, stored in manifest["sites"].items():
         site = Site(**stored["site"])
         arrays = load_file(folder / "summaries" / _file_name(name))
+        if any(templates[each].large for each in stored["summaries"]):
+            arrays |= mapped(folder / "summaries" / _file_name(name, large=True))
         states: dict[str, dict[str, np.ndarray]] = {}
         for key, array in arrays.items():
             summary, _, inner = key.partition("/")
             states.setdefault(summary, {})[inner] = array
-        setting = Setting(name, site.size or 0, labels=labels, tokens=states.get("by_token", {}).get("tokens"))
+        tokens = states.get("by_token", {}).get("tokens")
+        setting = Setting(name, site.size or 0, labels=labels, tokens=tokens, sizes=sizes)
         summaries = {each: templates[each].reopen(setting, states.get(each, {})) for each in stored["summaries"]}
         kept = None
         if manifest["activations"]:
             kept = opened_activations(folder / "activations", name, lambda: verify_files(folder, manifest))
-        by_site[name] = SiteRecording(site, stored["count"], stored["nonfinite"], summaries, kept)
+        passed = stored.get("passed")
+        by_site[name] = SiteRecording(site, stored["count"], stored["nonfinite"], summaries, kept, passed)
     vocabulary = pl.read_parquet(folder / "vocabulary.parquet")
     shown = pl.read_parquet(folder / "examples.parquet")
     of_examples = {row.pop("example"): row for row in shown.iter_rows(named=True)}
@@ -291,6 +332,8 @@ def _simple_columns(name: str, each: SiteRecording) -> pl.DataFrame:
         columns |= {"min": summaries["min_max"].min, "max": summaries["min_max"].max}
     if "firing_rate" in summaries:
         columns["firing_rate"] = summaries["firing_rate"].rate[:, 0]
+    if each.site.kind == "expert":
+        columns["routing_rate"] = [each.routing_rate] * size
     return pl.DataFrame(columns, schema_overrides={"index": pl.Int64})
 
 
@@ -299,9 +342,7 @@ def _permuted(each: SiteRecording, stored: StoredActivations, seed: int) -> Site
     tokens = tokens[np.random.default_rng(seed).permutation(len(tokens))]
     example, position = stored.example[:], stored.position[:]
     renewed = {name: _emptied(summary) for name, summary in each.summaries.items() if summary.needs_tokens}
-    rows = stored.values.chunks[0]
-    for start in range(0, len(tokens) if renewed else 0, rows):
-        part = slice(start, start + rows)
+    for part in _parts(example, stored.values.chunks[0]) if renewed else ():
         values = torch.from_numpy(stored.values[part])
         batch = Batch(
             values,
@@ -313,7 +354,15 @@ def _permuted(each: SiteRecording, stored: StoredActivations, seed: int) -> Site
         batch = batch if bool(finite.all()) else batch.select(finite)
         for summary in renewed.values():
             summary.update(batch)
-    return SiteRecording(each.site, each.count, each.nonfinite, each.summaries | renewed)
+    return SiteRecording(each.site, each.count, each.nonfinite, each.summaries | renewed, passed=each.passed)
+
+
+def _parts(example: np.ndarray, rows: int) -> list[slice]:
+    """The rows [rows] in parts of about so many; no example is in two of them."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(example)) + 1, [len(example)]])
+    places = np.searchsorted(starts, np.arange(0, len(example) + rows, rows))
+    cuts = np.unique(starts[places.clip(max=len(starts) - 1)]).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
 def _emptied(summary: Summary) -> Summary:

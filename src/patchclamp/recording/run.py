@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchclamp.errors import DataError
+from patchclamp.errors import DataError, unknown
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
@@ -22,7 +23,7 @@ from patchclamp.recording.batch import Batch, Calibration, Setting
 from patchclamp.recording.corpus import Corpus
 from patchclamp.recording.recording import Recording, SiteRecording
 from patchclamp.recording.stream import finite_rows, stream
-from patchclamp.recording.summaries import ByLabel, ByToken, Histogram, MinMax, Summary, TopExamples
+from patchclamp.recording.summaries import ByLabel, ByToken, Histogram, MinMax, Summary
 from patchclamp.recording.windows import Windows
 
 _CALIBRATION_TOKENS = 16_384
@@ -39,6 +40,7 @@ class Run:
         seed: draws the calibration sample.
         facts: what the recording will say of itself.
         memory: most bytes that the summaries may take; None: 80% of the machine's.
+        scratch: folder for what grows with the data and finds no room in memory; None: that for temporary files.
     """
 
     model: Model
@@ -49,14 +51,17 @@ class Run:
     seed: int
     facts: dict[str, Any]
     memory: int | None = None
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         self.accumulators: dict[str, dict[str, Summary]] = {}
         self.counts: dict[str, int] = {}
+        self.passed: dict[str, int] = {}
         self.nonfinite: dict[str, dict[str, int]] = {}
         self.writers: dict[str, ActivationWriter] = {}
         self.calibration: dict[str, Calibration] = {}
         self.tokens, self.named_tokens = self._slots()
+        self.wanted = _wanted(self.templates, self.sites)
 
     def go(self, show: bool, folder: Path | None = None, owner: object = None) -> Recording:
         """Run the model over the data and give the recording.
@@ -72,16 +77,18 @@ class Run:
         if show:
             self._announce(expected)
         self._check_memory(expected)
+        self._room = self._limit() - (expected or 0)
         if any(each.relative for each in self.templates.values()):
             self._calibrate(show)
-        batches = self.corpus.batches(self.batch_tokens)
+        batches, held = self.corpus.batches(self.batch_tokens), None
         with progress_bar("recording", self.corpus.tokens, show=show) as bar:
             for read in stream(self.model, self.corpus, self.sites, batches):
                 for site in self.sites:
-                    self._take(site, read.batches[site.name], folder)
-                if expected is None:
-                    expected = self._held_bytes()
-                    self._check_memory(expected)
+                    self._take(site, self._with_others(site, read.batches), folder)
+                    self.passed[site.name] = self.passed.get(site.name, 0) + read.passed[site.name]
+                if held is None:  # sizes and grids may have become known only now
+                    held = self._held_bytes()
+                    self._check_memory(held)
                 bar.advance(read.tokens)
         for writer in self.writers.values():
             writer.close()
@@ -102,15 +109,31 @@ class Run:
         if site.name in self.writers:
             self.writers[site.name].write(whole)
 
+    def _with_others(self, site: Site, batches: Mapping[str, Batch]) -> Batch:
+        """The batch of a site, with what the sites that some summary pairs it with did on the same rows."""
+        whole = batches[site.name]
+        for name in self.wanted:
+            same = [torch.equal(a, b.to(a.device)) for a, b in zip(_places(whole), _places(batches[name]), strict=True)]
+            if not all(same):
+                raise DataError(
+                    f"{site.name} has {len(whole)} rows where {name} has {len(batches[name])}, or others: two sites "
+                    "can be paired only if they have the same rows (examples and positions)"
+                )
+        return replace(whole, others={name: batches[name].values for name in self.wanted}) if self.wanted else whole
+
     def _start(self, site: Site, first: Batch, folder: Path | None) -> None:
         setting = self._setting(site, first.size, first.values.dtype)
+        sizes = {**setting.sizes, **{name: values.shape[1] for name, values in first.others.items()}}
+        setting = replace(setting, grid=first.grid, sizes=sizes)
         usable = self._usable(first.token is not None)
         if not usable:
             names = ", ".join(type(each).__name__ for each in self.templates.values())
             raise DataError(
                 f"{site.name} gives a row for each example, not for each token: {names} cannot be kept there"
             )
-        self.accumulators[site.name] = {each.name: each.start(setting) for each in usable}
+        self.accumulators[site.name] = {
+            each.name: each.start(replace(setting, scratch=self._scratch_of(each, setting))) for each in usable
+        }
         self.counts[site.name] = 0
         if folder is not None:
             dtype = first.values.cpu().numpy().dtype
@@ -124,7 +147,17 @@ class Run:
             labels=dict(self.corpus.labels),
             calibration=self.calibration.get(site.name),
             dtype=dtype,
+            examples=self.corpus.examples,
+            sizes={each.name: each.size for each in self.sites if each.size is not None},
         )
+
+    def _scratch_of(self, template: Summary, setting: Setting) -> str | None:
+        """The folder for what grows with the data; None for memory, as long as there is room."""
+        needed = template.nbytes([setting]) if template.large else 0
+        if needed <= self._room:
+            self._room -= needed
+            return None
+        return str(self.scratch or tempfile.gettempdir())
 
     def _usable(self, has_tokens: bool) -> list[Summary]:
         return [each for each in self.templates.values() if has_tokens or not each.needs_tokens]
@@ -141,7 +174,7 @@ class Run:
     def _calibrate(self, show: bool) -> None:
         batches = self.corpus.batches(self.batch_tokens, self.corpus.sample(_CALIBRATION_TOKENS, self.seed))
         total = int(sum(self.corpus.lengths[each].sum() for each in batches))
-        seen: dict[str, tuple[MinMax, Histogram]] = {}
+        seen: dict[str, tuple[MinMax, Histogram, Histogram]] = {}
         with progress_bar("calibrating thresholds", total, show=show) as bar:
             reads = stream(self.model, self.corpus, self.sites, batches)
             for examples, read in zip(batches, reads, strict=True):
@@ -150,27 +183,34 @@ class Run:
                     batch, _ = finite_rows(whole)
                     if name not in seen:
                         setting = Setting(name, batch.size, dtype=batch.values.dtype)
-                        seen[name] = (MinMax().start(setting), Histogram().start(setting))
-                    for accumulator in seen[name]:
-                        accumulator.update(batch)
-        for name, (extremes, histogram) in seen.items():
+                        seen[name] = (MinMax().start(setting), Histogram().start(setting), Histogram().start(setting))
+                    extremes, of_rows, of_examples = seen[name]
+                    extremes.update(batch)
+                    of_rows.update(batch)
+                    ids, _, _ = batch.spans
+                    of_examples.update(Batch(batch.maxima[0], ids, torch.zeros_like(ids)))
+        for name, (extremes, of_rows, of_examples) in seen.items():
             maximum = np.nan_to_num(extremes.max.astype(np.float32), neginf=0.0)
-            self.calibration[name] = Calibration(maximum, histogram.quantile)
+            self.calibration[name] = Calibration(maximum, _quantile_or_zero(of_rows), _quantile_or_zero(of_examples))
 
     # Memory -----------------------------------------------------------------------------------------
 
     def _expected_bytes(self) -> int | None:
-        """Bytes of all accumulators; None while a site's size is not known."""
+        """Bytes of all accumulators, without what grows with the data; None while a site's size is not known."""
         if any(site.size is None for site in self.sites):
             return None
         settings = [self._setting(site, site.size or 0) for site in self.sites]
-        return sum(each.nbytes(settings) for each in self._usable(self.tokens is not None))
+        return sum(each.nbytes(settings) for each in self._usable(self.tokens is not None) if not each.large)
 
     def _held_bytes(self) -> int:
-        return sum(each.held_bytes() for of_site in self.accumulators.values() for each in of_site.values())
+        of_sites = self.accumulators.values()
+        return sum(each.held_bytes() for summaries in of_sites for each in summaries.values() if not each.large)
+
+    def _limit(self) -> int:
+        return int(0.8 * _physical_memory()) if self.memory is None else self.memory
 
     def _check_memory(self, expected: int | None) -> None:
-        limit = int(0.8 * _physical_memory()) if self.memory is None else self.memory
+        limit = self._limit()
         if expected is not None and expected > limit:
             raise DataError(
                 f"the summaries would take {_megabytes(expected)}; the limit is {_megabytes(limit)}. "
@@ -180,6 +220,10 @@ class Run:
     def _announce(self, expected: int | None) -> None:
         corpus, neurons = self.corpus, sum(site.size or 0 for site in self.sites)
         size = "an unknown amount of memory" if expected is None else _megabytes(expected)
+        if expected is not None and (growing := [each for each in self.templates.values() if each.large]):
+            settings = [self._setting(site, site.size or 0) for site in self.sites]
+            more = _megabytes(sum(each.nbytes(settings) for each in growing))
+            size += f", and {more} for each example's own ({growing[0].name}), on disk where memory is short"
         print(
             f"{corpus.examples:,} examples, {corpus.tokens:,} tokens; {neurons:,} neurons at {len(self.sites)} sites; "
             f"the summaries take {size}",
@@ -202,7 +246,8 @@ class Run:
                     f"{site.name}: {found['nan']} activations are NaN and {found['infinite']} infinite; "
                     f"{found['rows']} of {found['rows'] + count} rows were left out of its summaries"
                 )
-            by_site[site.name] = SiteRecording(sized, count, found, summaries, kept)
+            passed = self.passed[site.name] - found["rows"]
+            by_site[site.name] = SiteRecording(sized, count, found, summaries, kept, passed)
         windows = self._windows(by_site)
         labels = {name: tuple(each) for name, each in self.corpus.labels.items()}
         of_examples = {
@@ -220,10 +265,10 @@ class Run:
             return {}
         places: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"": []}
         for each in by_site.values():
-            top = each.summaries.get("top_examples")
-            if isinstance(top, TopExamples):
-                decoder = each.site.stack == "decoder" and self.model.is_encoder_decoder
-                places.setdefault("decoder" if decoder else "", []).append((top.example, top.position))
+            decoder = each.site.stack == "decoder" and self.model.is_encoder_decoder
+            shown = [found for summary in each.summaries.values() if len((found := summary.places())[0])]
+            if shown:
+                places.setdefault("decoder" if decoder else "", []).extend(shown)
         return {stack: Windows.around(self.corpus, each, stack == "decoder") for stack, each in places.items()}
 
     def _vocabulary(self, windows: Mapping[str, Windows]) -> dict[int, str]:
@@ -237,11 +282,31 @@ class Run:
         return dict(zip(ids.tolist(), strings, strict=True))
 
 
+def _quantile_or_zero(histogram: Histogram) -> Callable[[float], np.ndarray]:
+    """As `histogram.quantile`; 0 where the sample had nothing for a site, as for an expert that it never took."""
+    return lambda q: np.nan_to_num(histogram.quantile(q))
+
+
 def _shown(by_site: Mapping[str, SiteRecording]) -> list[int]:
-    """The examples that are among the strongest of some neuron, ascending."""
-    tops = [each.summaries.get("top_examples") for each in by_site.values()]
-    found = [np.unique(top.example) for top in tops if isinstance(top, TopExamples)]
+    """The examples that some summary shows, ascending."""
+    summaries = [summary for each in by_site.values() for summary in each.summaries.values()]
+    found = [np.unique(each.places()[0]) for each in summaries]
     return [example for example in np.unique(np.concatenate(found)).tolist() if example >= 0] if found else []
+
+
+def _wanted(templates: Mapping[str, Summary], sites: Sequence[Site]) -> list[str]:
+    """The sites whose values some summary of another site asks for."""
+    names, wanted = [site.name for site in sites], []
+    for each in templates.values():
+        for name in getattr(each, "wants_sites", ()):
+            if name not in names:
+                raise unknown("recorded site", name, names, f"{each!r} pairs it with others: name it in sites= too.")
+            wanted.append(name)
+    return list(dict.fromkeys(wanted))
+
+
+def _places(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch.example, batch.position
 
 
 def _by_token(name: str, parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -91,6 +91,13 @@ class ByLabel(Summary):
         """[size, categories, thresholds] float64: the firing rate in each category."""
         return np.stack([each.rate for each in self._each(label, FiringRate)], axis=1)
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Example and position of what the summaries of all categories show."""
+        groups = [group for groups in self._groups.values() for group in groups]
+        found = [super().places(), *(each.places() for group in groups for each in group.values())]
+        example, position = (np.concatenate([each.ravel() for each in part]) for part in zip(*found, strict=True))
+        return example, position
+
     @property
     def relative(self) -> bool:
         return any(each.relative for each in self._templates.values())
@@ -231,6 +238,11 @@ def _templates(of: Iterable[type[Summary] | Summary]) -> dict[str, Summary]:
         template = each if isinstance(each, Summary) else each()
         if template.name in templates:
             raise DataError(f"ByLabel(of=...) names {template.name} twice")
+        if template.large:
+            raise DataError(
+                f"{template.name} keeps every example by itself: it is recorded once, beside ByLabel, and labels are "
+                "put to it afterwards"
+            )
         templates[template.name] = template
     if not templates:
         raise DataError("ByLabel(of=...) needs at least one summary")

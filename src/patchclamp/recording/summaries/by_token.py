@@ -1,8 +1,9 @@
-"""`ByToken`: how often every neuron fires on each of the most frequent tokens."""
+"""`ByToken`: how often every neuron fires on each of the most frequent tokens, in each of the two folds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from patchclamp.errors import DataError
 from patchclamp.recording.batch import Batch, Setting
+from patchclamp.recording.folds import FOLDS, fold_of
 from patchclamp.recording.summaries.summary import Summary
 from patchclamp.recording.thresholds import (
     FractionOfMaximum,
@@ -25,8 +27,23 @@ _HALF_OF_MAXIMUM = FractionOfMaximum(0.5)
 _ROWS_AT_ONCE = 1 << 20  # counts in float32 are exact below 2^24
 
 
+@dataclass(frozen=True, eq=False)
+class TokenCounts:
+    """What `ByToken` counted on the examples of one fold; the attributes are those of `ByToken`."""
+
+    tokens: np.ndarray
+    occurrences: np.ndarray
+    fired: np.ndarray
+    count: int
+    fired_total: np.ndarray
+    threshold: np.ndarray
+
+
 class ByToken(Summary):
     """How often every neuron fires on each of some tokens, and on all tokens together; exact.
+
+    The attributes count all examples; `fold(0)` and `fold(1)` those of one fold (`recording.folds`): tokens that
+    are chosen by the first can be scored on the second.
 
     Args:
         tokens: token ids to keep a slot for; None for the most frequent ones of the data (the recording
@@ -62,22 +79,41 @@ class ByToken(Summary):
     @property
     def occurrences(self) -> np.ndarray:
         """[slots] int64: rows that are this token."""
-        return self.array("occurrences")
+        return self.array("occurrences").sum(axis=0)
 
     @property
     def fired(self) -> np.ndarray:
         """[slots, size] int32 (int64 beyond 2^31 rows): rows of this token on which the neuron fires."""
-        return self.array("fired")
+        first, second = self.array("fired")
+        fits = self.count <= np.iinfo(np.int32).max
+        return np.add(first, second, dtype=first.dtype if fits else np.int64)
 
     @property
     def count(self) -> int:
         """Number of rows (tokens) seen, with a slot or without."""
-        return int(self.tensors["count"])
+        return int(self.tensors["count"].sum())
 
     @property
     def fired_total(self) -> np.ndarray:
         """[size] int64: rows on which the neuron fires, whatever the token."""
-        return self.array("fired_total")
+        return self.array("fired_total").sum(axis=0)
+
+    def fold(self, fold: int) -> TokenCounts:
+        """The same counts over the examples of one fold only: 0 is for describing, 1 for scoring.
+
+        Raises:
+            DataError: there is no such fold.
+        """
+        if fold not in range(FOLDS):
+            raise DataError(f"ByToken keeps the folds 0 and 1, not {fold!r}")
+        return TokenCounts(
+            self.tokens,
+            self.array("occurrences")[fold],
+            self.array("fired")[fold],
+            int(self.tensors["count"][fold]),
+            self.array("fired_total")[fold],
+            self.threshold,
+        )
 
     @property
     def threshold(self) -> np.ndarray:
@@ -108,22 +144,24 @@ class ByToken(Summary):
     def add(self, batch: Batch) -> None:
         assert batch.token is not None  # `update` has checked it
         held, threshold = self.tensors, self.tensors["threshold"].to(batch.values.dtype)
+        slots = len(held["tokens"])
         self._widen(self.count + len(batch))
-        held["count"] += len(batch)
-        slot = self._slot(batch.token)
-        held["occurrences"] += torch.bincount(slot, minlength=len(held["tokens"]) + 1)[:-1]
-        for values, slots in zip(batch.values.split(_ROWS_AT_ONCE), slot.split(_ROWS_AT_ONCE), strict=True):
-            present, place = torch.unique(slots, return_inverse=True)
+        fold = fold_of(batch.example)
+        held["count"] += torch.bincount(fold, minlength=FOLDS)
+        # A number for each fold and slot; in each fold, the tokens without a slot share the last.
+        group = fold * (slots + 1) + self._slot(batch.token)
+        occurrences = torch.bincount(group, minlength=FOLDS * (slots + 1))
+        held["occurrences"] += occurrences.view(FOLDS, slots + 1)[:, :-1]
+        for values, groups in zip(batch.values.split(_ROWS_AT_ONCE), group.split(_ROWS_AT_ONCE), strict=True):
+            present, place = torch.unique(groups, return_inverse=True)
             # Summed in float32, which is many times faster than in integers and exact here. One row for
-            # each token in the batch; tokens without a slot share the last.
+            # each group in the batch.
             fired = torch.zeros(len(present), self.size, device=values.device)
             rows = max(1, min(len(values), batch.block_rows))
             above = torch.empty(rows, self.size, device=values.device)
             for block, places in zip(values.split(rows), place.split(rows), strict=True):
                 fired.index_add_(0, places, torch.gt(block, threshold, out=above[: len(block)]))
-            held["fired_total"] += fired.sum(0, dtype=torch.float64).long()
-            kept = int((present < len(held["tokens"])).sum())
-            held["fired"].index_add_(0, present[:kept], fired[:kept].to(held["fired"].dtype))
+            self._count(present, fired)
 
     def combine(self, other: Self) -> None:
         self._widen(self.count + other.count)
@@ -139,6 +177,16 @@ class ByToken(Summary):
         except DataError:
             self.tensors = before
             raise
+
+    def _count(self, present: torch.Tensor, fired: torch.Tensor) -> None:
+        """Add the firings [groups, size] of the groups [groups] that are present, which are in order."""
+        held, slots = self.tensors, len(self.tensors["tokens"])
+        for fold in range(FOLDS):
+            first = fold * (slots + 1)
+            start, named, stop = (int((present < each).sum()) for each in (first, first + slots, first + slots + 1))
+            held["fired_total"][fold] += fired[start:stop].sum(0, dtype=torch.float64).long()
+            part = fired[start:named].to(held["fired"].dtype)
+            held["fired"][fold].index_add_(0, present[start:named] - first, part)
 
     def _slot(self, token: torch.Tensor) -> torch.Tensor:
         """[rows] int64: the slot of each token; one past the last slot where it has none."""
@@ -157,15 +205,15 @@ class ByToken(Summary):
 def _slots(tokens: np.ndarray, size: int) -> dict[str, torch.Tensor]:
     return {
         "tokens": torch.from_numpy(tokens),
-        "occurrences": torch.zeros(len(tokens), dtype=torch.int64),
-        "fired": torch.zeros(len(tokens), size, dtype=torch.int32),
+        "occurrences": torch.zeros(FOLDS, len(tokens), dtype=torch.int64),
+        "fired": torch.zeros(FOLDS, len(tokens), size, dtype=torch.int32),
     }
 
 
 def _totals(threshold: np.ndarray) -> dict[str, torch.Tensor]:
     return {
-        "count": torch.zeros((), dtype=torch.int64),
-        "fired_total": torch.zeros(len(threshold), dtype=torch.int64),
+        "count": torch.zeros(FOLDS, dtype=torch.int64),
+        "fired_total": torch.zeros(FOLDS, len(threshold), dtype=torch.int64),
         "threshold": torch.from_numpy(threshold),
     }
 

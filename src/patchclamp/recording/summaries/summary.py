@@ -58,6 +58,8 @@ class Summary(ABC):
     Attributes:
         name: the attribute under which a recording shows it; also its name in stores.
         needs_tokens: whether it reads `Batch.token`.
+        large: names of arrays in `state()` that grow with the data. They count against no limit of memory
+            (`Setting.scratch` says where they go), are saved in a file of their own, and mapped when read again.
         tensors: the accumulators, by name, on the device of the last batch. Only after `start`.
         site, size: name and number of neurons of the site. Only after `start`.
     """
@@ -65,6 +67,7 @@ class Summary(ABC):
     name: ClassVar[str]
     needs_tokens: bool = False
     agree: ClassVar[tuple[str, ...]] = ()
+    large: ClassVar[tuple[str, ...]] = ()
 
     tensors: dict[str, torch.Tensor]
     site: str
@@ -109,6 +112,10 @@ class Summary(ABC):
     def relative(self) -> bool:
         """Whether `start` needs a calibration, because a threshold is relative."""
         return False
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Example and position of what this summary shows: a recording keeps the text there. -1 marks no example."""
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
     # What a recording calls -----------------------------------------------------------------------
 
@@ -264,6 +271,17 @@ class Summary(ABC):
         return given.to(device=tensor.device, dtype=dtype)
 
 
+def whole(where: str, name: str, number: Any, at_least: int) -> int:
+    """Check a whole number that a user gave.
+
+    Raises:
+        DataError: it is none, or too small; the message begins with `where`.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < at_least:
+        raise DataError(f"{where}: {name} is a whole number >= {at_least}, not {number!r}")
+    return int(number)
+
+
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -275,7 +293,9 @@ def _array_of(state: Mapping[str, np.ndarray], name: str, summary: str) -> np.nd
 
 
 def _needing_nothing(setting: Setting) -> Setting:
-    """The setting with stand-ins for what only decides over values, not over shapes."""
+    """The setting with stand-ins for what only decides over values, or what a state brings."""
     zeros = np.zeros(setting.size, dtype=np.float32)
     tokens = np.empty(0, dtype=np.int64) if setting.tokens is None else setting.tokens
-    return replace(setting, tokens=tokens, calibration=Calibration(zeros, lambda q: zeros))
+    examples = 0 if setting.examples is None else setting.examples
+    calibration = Calibration(zeros, lambda q: zeros, lambda q: zeros)
+    return replace(setting, tokens=tokens, calibration=calibration, examples=examples)

@@ -18,11 +18,9 @@ import torch
 
 from patchclamp.errors import DataError
 from patchclamp.recording.batch import GROUP_ROWS, Batch, Setting, unpack_rank
-from patchclamp.recording.summaries.summary import Summary
+from patchclamp.recording.summaries.best import NO_RANK, keep_best, windows_around
+from patchclamp.recording.summaries.summary import Summary, whole
 
-# What stands in a place that nothing has taken yet; the rank alone says so.
-_NO_RANK = torch.iinfo(torch.int64).max
-_NOTHING = {"values": float("-inf"), "rank": _NO_RANK, "window": float("nan")}
 # Where more than this share of the batch would have to be looked at, take the k best of the whole batch.
 _SPARSE_SHARE = 0.25
 _COLUMNS_AT_ONCE = 128
@@ -43,8 +41,8 @@ class TopExamples(Summary):
     name = "top_examples"
 
     def __init__(self, k: int = 20, context: int = 0) -> None:
-        self.k = _whole("k", k, at_least=1)
-        self.context = _whole("context", context, at_least=0)
+        self.k = whole("TopExamples", "k", k, at_least=1)
+        self.context = whole("TopExamples", "context", context, at_least=0)
 
     @property
     def values(self) -> np.ndarray:
@@ -76,28 +74,32 @@ class TopExamples(Summary):
             raise DataError("no windows were kept: ask for TopExamples(k, context=...)")
         return self.array("window")
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """`example` and `position`, [size, k] each."""
+        return self.example, self.position
+
     def parameters(self) -> dict[str, Any]:
         return {"k": self.k, "context": self.context}
 
     def empty(self, setting: Setting) -> dict[str, torch.Tensor]:
         shape = (setting.size, self.k)
         tensors = {
-            "values": torch.full(shape, _NOTHING["values"], dtype=setting.dtype),
-            "rank": torch.full(shape, _NO_RANK, dtype=torch.int64),  # as Batch.rank
+            "values": torch.full(shape, -torch.inf, dtype=setting.dtype),
+            "rank": torch.full(shape, NO_RANK, dtype=torch.int64),  # as Batch.rank
         }
         if self.context:
             width = 2 * self.context + 1
-            tensors["window"] = torch.full((*shape, width), _NOTHING["window"], dtype=torch.float16)
+            tensors["window"] = torch.full((*shape, width), torch.nan, dtype=torch.float16)
         return tensors
 
     def add(self, batch: Batch) -> None:
         row, neuron = self._candidates(batch)
-        window = _windows(batch, row, neuron, self.context) if self.context else None
+        window = windows_around(batch, row, neuron, self.context) if self.context else None
         self._insert(neuron, batch.values[row, neuron], batch.rank[row], window)
 
     def combine(self, other: Self) -> None:
         there = other.tensors
-        neuron, place = (there["rank"] != _NO_RANK).nonzero(as_tuple=True)
+        neuron, place = (there["rank"] != NO_RANK).nonzero(as_tuple=True)
         window = there["window"][neuron, place] if self.context else None
         self._insert(neuron, there["values"][neuron, place], there["rank"][neuron, place], window)
 
@@ -121,48 +123,14 @@ class TopExamples(Summary):
     ) -> None:
         """Sort candidates [candidates] into what their neurons hold, and keep the k best of each."""
         held = self.tensors
-        if not len(neuron):
-            return
         if value.dtype != held["values"].dtype:
             held["values"], value = held["values"].double(), value.double()
         # Adding zero turns -0.0 into 0.0: which of the two was seen must not depend on the order.
         new = {"values": value + 0.0, "rank": rank} | ({} if window is None else {"window": window})
-        changed, place, count = _best_places(neuron, new["values"], rank, self.k)
-        missing = torch.arange(place.shape[1], device=place.device) >= count[:, None]
-        both = {name: torch.cat([held[name][changed], given[place]], dim=1) for name, given in new.items()}
-        for name, tensor in both.items():
-            tensor[:, self.k :][missing] = _NOTHING[name]
-        best = _order(both["values"], both["rank"])[:, : self.k]
-        for name, tensor in both.items():
-            held[name][changed] = tensor[torch.arange(len(changed), device=best.device)[:, None], best]
+        keep_best(held, held["values"], neuron, new, new["values"])
 
     def _empty_places(self) -> np.ndarray:
-        return self.array("rank") == _NO_RANK
-
-
-def _order(values: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """[rows, columns]: the order that sorts each row by value, descending, and ties by rank, ascending."""
-    by_rank = ranks.argsort(dim=1)
-    by_value = values.gather(1, by_rank).argsort(dim=1, descending=True, stable=True)
-    return by_rank.gather(1, by_value)
-
-
-def _best_places(
-    neuron: torch.Tensor, value: torch.Tensor, rank: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gather candidates [candidates] by neuron, at most the k best of each.
-
-    Returns:
-        The neurons that have any [neurons]; indices of their candidates [neurons, width], best first;
-        how many of these there are [neurons], the rest being padding.
-    """
-    order = rank.argsort()
-    order = order[value[order].argsort(descending=True, stable=True)]
-    order = order[neuron[order].argsort(stable=True)]
-    changed, count = torch.unique_consecutive(neuron[order], return_counts=True)
-    width = min(k, int(count.max()))
-    place = (count.cumsum(0) - count)[:, None] + torch.arange(width, device=count.device)
-    return changed, order[place.clamp(max=len(order) - 1)], count
+        return self.array("rank") == NO_RANK
 
 
 def _best_of(batch: Batch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,21 +155,3 @@ def _sortable(ranked: torch.Tensor) -> torch.Tensor:
     # Negative floats are ordered backwards by their bits.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.long() << 32) - torch.arange(ranked.shape[1], device=ranked.device)
-
-
-def _windows(batch: Batch, row: torch.Tensor, neuron: torch.Tensor, context: int) -> torch.Tensor:
-    """[candidates, 2 * context + 1] float16: the values at the neighbouring positions of the same example."""
-    ranks, rows = torch.sort(batch.rank)
-    offsets = torch.arange(-context, context + 1, device=row.device)
-    wanted = batch.rank[row][:, None] + offsets
-    place = torch.searchsorted(ranks, wanted).clamp(max=len(ranks) - 1)
-    there = (ranks[place] == wanted) & (batch.position[row][:, None] + offsets >= 0)
-    limit = torch.finfo(torch.float16).max
-    values = batch.values[rows[place], neuron[:, None]].clamp(-limit, limit).to(torch.float16)
-    return torch.where(there, values, torch.nan)
-
-
-def _whole(name: str, number: int, at_least: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < at_least:
-        raise DataError(f"TopExamples: {name} is a whole number >= {at_least}, not {number!r}")
-    return int(number)

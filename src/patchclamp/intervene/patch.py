@@ -1,0 +1,197 @@
+"""`patch`: put activations of another run in the place of the model's own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from patchclamp.errors import DataError, UnknownName, unknown
+from patchclamp.model.model import Model
+from patchclamp.model.site import Site
+from patchclamp.neurons import Neurons
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+def patch(
+    where: Neurons | str | Site | Iterable[str | Site],
+    source: torch.Tensor | Mapping[str, torch.Tensor],
+    positions: Sequence[int] | None = None,
+) -> Patch:
+    """Put given activations in the place of the model's own, as `model.activations` gave them on another input.
+
+    Args:
+        where: neurons, or whole sites: a name, a `Site`, or several of them.
+        source: site -> its activations; further sites are left aside. One tensor will do for a single site. The
+            shape is that of the site in the run that is patched, `[batch, tokens, size]`, or without the batch, so that
+            every example is given the same: `[tokens, size]`, as `model.activations` gives it for a text. For
+            `Neurons` the last axis is the whole site, or only the neurons in the order of the table. For a `pattern`
+            site: `[heads, queries, keys]`, with or without the batch in front. The values are copied; they
+            are converted to the model's type and device, and no gradient flows into them.
+        positions: indices of the tokens (of a pattern: of the queries) at which to replace; negative ones count
+            from the end, padding included. None for all.
+
+    Returns:
+        An intervention for `model.intervene`. While it runs, each call raises `DataError` where the activations do
+        not have the shape of what they replace, or a position lies outside.
+
+    Raises:
+        DataError: the activations are not finite numbers, or the positions no whole numbers.
+        UnknownName: `source` has no activations for a site of `where`.
+    """
+    neurons = where if isinstance(where, Neurons) else None
+    places = where.sites if isinstance(where, Neurons) else _places(where)
+    names = [_name(place) for place in places]
+    if len(set(names)) < len(names):
+        raise DataError(f"patch() is given a site twice: {next(name for name in names if names.count(name) > 1)}")
+    if isinstance(source, Mapping):
+        given = {_name(place): each for place, each in source.items()}
+    elif len(names) == 1:
+        given = {names[0]: source}
+    else:
+        raise DataError(
+            f"patch() takes one tensor for one site, not for {len(names)}: give a mapping from site to tensor"
+        )
+    for name in names:
+        if name not in given:
+            raise unknown("site of the source", name, given)
+    values = {name: _checked_values(name, given[name]) for name in names}
+    return Patch(tuple(places), values, neurons, _checked_positions(positions))
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Replace activations by given ones. Made by `patch`.
+
+    Attributes:
+        sites: where.
+        values: name of a site -> the activations that are put there.
+        neurons: the neurons that are replaced; None for whole sites.
+        positions: the tokens at which they are replaced; None for all.
+    """
+
+    sites: tuple[str | Site, ...]
+    values: Mapping[str, torch.Tensor] = field(repr=False)
+    neurons: Neurons | None = None
+    positions: tuple[int, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Patch)
+            and (self.sites, self.positions) == (other.sites, other.positions)
+            and self.neurons == other.neurons
+            and all(torch.equal(each, other.values[name]) for name, each in self.values.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def edits(self, model: Model) -> dict[str, Edit]:
+        """Site -> function from the site's tensor `[..., size]` to the changed one (a new tensor, same type).
+
+        Raises:
+            UnknownName: the model has no such site, or the site no such neuron.
+        """
+        found: dict[str, Edit] = {}
+        for place in self.sites:
+            site = model.site(place)
+            if site.name in found:
+                raise DataError(f"patch() is given a site twice: {site.name}, once as {_name(place)}")
+            indices = None
+            if self.neurons is not None:
+                indices = torch.from_numpy(self.neurons.indices(_name(place)).copy())
+                if site.size is not None and int(indices.max()) >= site.size:
+                    raise UnknownName(
+                        f"{site.name}:{int(indices.max())} does not exist: {site.name} has neurons 0 to {site.size - 1}"
+                    )
+            found[site.name] = _edit(site, self.values[_name(place)], indices, self.positions)
+        return found
+
+
+def _places(where: str | Site | Iterable[str | Site]) -> list[str | Site]:
+    listed: list[Any] = [where] if isinstance(where, (str, Site)) or not isinstance(where, Iterable) else list(where)
+    for each in listed:
+        if not isinstance(each, (str, Site)):
+            raise DataError(f'patch() takes Neurons or sites, as in pc.patch("mlp.3", ...), not {each!r:.60}')
+    return listed
+
+
+def _name(place: str | Site) -> str:
+    return place.name if isinstance(place, Site) else place
+
+
+def _checked_values(name: str, given: Any) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(given).detach().as_subclass(torch.Tensor).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"patch() takes a tensor for {name}, not {type(given).__name__}") from error
+    if not values.is_floating_point():
+        raise DataError(f"patch() takes activations for {name}, not a tensor of {values.dtype}")
+    if not values.isfinite().all():
+        raise DataError(f"the activations to put at {name} hold a NaN or an infinity")
+    return values
+
+
+def _checked_positions(positions: Any) -> tuple[int, ...] | None:
+    if positions is None:
+        return None
+    try:
+        if isinstance(positions, str) or any(isinstance(each, bool) for each in positions):
+            raise TypeError
+        return tuple(operator.index(each) for each in positions)
+    except TypeError as error:
+        raise DataError(f"patch(positions=...) is a list of token indices, not {positions!r:.60}") from error
+
+
+def _edit(site: Site, values: torch.Tensor, indices: torch.Tensor | None, positions: Sequence[int] | None) -> Edit:
+    pattern = site.through == "attention"
+    if pattern and values.ndim >= 3:
+        values = values.movedim(-3, -1)  # an edit has the neurons, here the heads, on its last axis
+
+    def edit(tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.shape[-1]
+        columns: Any = slice(None)
+        given = values
+        if indices is not None:
+            if int(indices.max()) >= size:
+                raise UnknownName(f"{site.name}:{int(indices.max())} does not exist: {site.name} has {size} neurons")
+            columns = indices.to(tensor.device)
+            if values.shape[-1:] == (size,):
+                given = values[..., indices.to(values.device)]
+        changed = tensor.clone()
+        wanted = changed[..., columns].shape
+        if tuple(given.shape) not in (tuple(wanted), (1, *wanted[1:]), tuple(wanted[1:])):
+            raise DataError(_misfit(site, values, tensor, pattern))
+        changed[..., columns] = given.to(tensor)
+        if positions is None:
+            return changed
+        rows = _rows(site, positions, tensor)
+        result = tensor.clone()
+        result[:, rows] = changed[:, rows]
+        return result
+
+    return edit
+
+
+def _rows(site: Site, positions: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
+    """The positions, counted from 0."""
+    if tensor.ndim < 3:
+        raise DataError(f"{site.name} has no positions to choose from: its tensor here is {list(tensor.shape)}")
+    length = tensor.shape[1]
+    for each in positions:
+        if not -length <= each < length:
+            raise DataError(f"patch(positions=...): there is no position {each} at {site.name}; there are {length}")
+    return torch.tensor([each % length for each in positions], dtype=torch.int64, device=tensor.device)
+
+
+def _misfit(site: Site, values: torch.Tensor, tensor: torch.Tensor, pattern: bool) -> str:
+    def shape(each: torch.Tensor) -> list[int]:
+        return list(each.movedim(-1, -3).shape if pattern and each.ndim >= 3 else each.shape)
+
+    return (
+        f"the activations to put at {site.name} are {shape(values)}, but there it computes {shape(tensor)}: give them "
+        f"in this shape, or in {shape(tensor)[1:]} for every example alike"
+    )
