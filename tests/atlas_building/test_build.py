@@ -11,8 +11,10 @@ import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from tests.architectures import tokenizer
 from tests.recording import tiny
 from tests.recording.tiny import CASES, Rows, alone, state_of, weight
+from tests.zoo import SENTENCES, by_title
 
 import patchclamp as pc
 from patchclamp.atlas import neighbors as neighbors_module
@@ -282,6 +284,20 @@ def test_images_have_an_atlas_too(tmp_path: Path) -> None:
     with Console(record=True, width=100, file=open("/dev/null", "w")) as console:
         console.print(atlas, atlas.neuron("mlp.1:3"))
     assert f"example {top.example[3, 0]}, position {top.position[3, 0]}" in console.export_text()
+
+
+@pytest.mark.parametrize(("title", "sites"), [("Mixtral", "expert.*"), ("Mamba", "mixer.*"), ("nn.GRU", "recurrent.*")])
+def test_sites_of_other_kinds_have_an_atlas_too(title: str, sites: str, tmp_path: Path) -> None:
+    model = pc.load(by_title(title).build(), tokenizer=tokenizer())
+    atlas = built(model, SENTENCES * 8, tmp_path / "atlas", sites=sites)
+    recording = pc.Recording.open(atlas.path / "recording")
+    for name in recording:
+        card = atlas.neuron(f"{name}:1")
+        assert card.facts["count"] == recording[name].count
+        assert card.facts["mean"] == pytest.approx(recording[name].moments.mean[1])
+        # Experts of two layers see different tokens.
+        relations = {"layer"} if title == "Mixtral" else {"layer", "next"}
+        assert set(card.neighbors["relation"].to_list()) <= relations
 
 
 def test_token_ids_without_a_tokenizer(tmp_path: Path) -> None:

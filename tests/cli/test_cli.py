@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def _imported_by(*arguments: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("neuron", "--help"), ("explore", "--help"), ("atlas", "--help")],
+    [("--help",), ("--version",), *((name, "--help") for name in ("neuron", "explore", "atlas", "sites"))],
 )
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     loaded = _imported_by(*arguments)
@@ -70,6 +71,31 @@ def test_exploring_loads_no_torch(atlas_folder: Path) -> None:
         loaded = _imported_by("explore", str(atlas_folder), "--no-open", "--port", str(server.getsockname()[1]))
     assert "uvicorn" in loaded and "patchclamp.explore.application" in loaded
     assert loaded.isdisjoint({*_HEAVY, "duckdb", "pandas"})
+
+
+def test_sites_prints_what_the_model_says(tmp_path: Path) -> None:
+    from tests.zoo import by_title
+
+    import patchclamp as pc
+
+    module: Any = by_title("Mixtral").build()
+    module.save_pretrained(tmp_path / "model")
+    ran = _run("sites", str(tmp_path / "model"), COLUMNS="200")
+    assert ran.returncode == 0, ran.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.stdout.splitlines() if "│" in line]
+    # A long reason goes on in the next line.
+    rows = [row for row in rows if row[0]]
+    expected = pc.load(module).kinds()
+    assert [row[0] for row in rows] == [kind.name for kind in expected]
+    for row, kind in zip(rows, expected, strict=True):
+        assert row[1] == str(kind.number)
+        assert row[3:6] == ["yes" if each else "no" for each in (kind.read, kind.written, kind.baked)]
+        assert kind.why_not.startswith(row[6])
+
+
+def test_sites_of_a_model_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    ran = _run("sites", str(tmp_path))
+    assert ran.returncode == 1 and "no config.json" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_version() -> None:

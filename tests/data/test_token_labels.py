@@ -128,6 +128,9 @@ def test_labels_that_do_not_fit(given: Any, says: str) -> None:
         Texts(TEXTS, token_labels={"pos": given})
 
 
+NO_WORD: Any = [["a", 7]]
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -135,7 +138,7 @@ def test_labels_that_do_not_fit(given: Any, says: str) -> None:
         (lambda: Texts(words="tokens"), "words='tokens' is the name of a column"),
         (lambda: Texts(TEXTS, words="tokens"), "texts has no columns, so words='tokens' means nothing"),
         (lambda: Texts(words=["a list", "of texts"]), "text 0 of texts: the words are of type str"),
-        (lambda: Texts(words=[["a", 7]]), "text 0 of texts: word 1 is 7: expected str, got int"),
+        (lambda: Texts(words=NO_WORD), "text 0 of texts: word 1 is 7: expected str, got int"),
         (lambda: Texts(words=[["a", "b"]], token_labels={"pos": [[]]}), "has 0 labels for 2 words"),
         (lambda: Texts(TEXTS, token_labels=["pos"]), "texts has no columns to take labels from"),
         (lambda: Texts(TEXTS, {"pos": [1, 2]}, token_labels={"pos": LABELS}), "'pos' as a label and as a token label"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.raw import hooks_of
+from tests.raw import assert_same, hooks_of, plain_weights, watching
 from tests.zoo import CASES, Case, Inputs
 from torch import nn
 
@@ -74,9 +74,18 @@ def listed(case: Case) -> list[Kind]:
 def test_what_is_read_is_of_the_size_that_the_site_says(case: Case) -> None:
     model, inputs = loaded(case), case.inputs("right")
     for kind in listed(case):
-        read = model.activations(inputs, members(case, kind))
+        sites = members(case, kind)
+        with watching(model.module, {site.writes for site in sites if site.writes}) as seen:
+            read = model.activations(inputs, sites)
         for name, tensor in read.items():
             site = model.site(name)
+            if site.writes:  # what is read, times the weights, is what the projection gives
+                written = seen[site.writes][1]
+                bias = plain_weights(model.module, site.writes)[1]
+                assert_same(
+                    tensor.reshape(-1, tensor.shape[-1]) @ model.output_weights(site) + bias,
+                    written.reshape(-1, written.shape[-1]),
+                )
             axis = 1 if site.kind == "pattern" else -1
             assert site.size in (None, tensor.shape[axis])
             assert tensor.numel() and bool(tensor.any()), name

@@ -124,15 +124,26 @@ def test_the_model_is_given_what_a_plain_loop_gives_it(data_folder: Path, cifar)
         assert torch.equal(forward.arguments[0], plain[examples])
 
 
-def test_a_recording_of_channels_equals_a_plain_loop(data_folder: Path, cifar) -> None:
+def test_the_network_has_the_channels_it_should(data_folder: Path) -> None:
+    model = pc.load(resnet(data_folder, 3))
+    assert [site.size for site in model.select("conv.*")] == [16] * 7 + [32] * 6 + [64] * 6
+    assert {site.norm for site in model.select("conv.layer3.*")} == {
+        f"layer3.{block}.bn{number}" for block in range(3) for number in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("where", ["conv1", "bn1"])
+def test_a_recording_of_channels_equals_a_plain_loop(data_folder: Path, cifar, where: str) -> None:
     some = {"x": cifar["x"][::50], "y": cifar["y"][::50], "classes": cifar["classes"]}
     network = resnet(data_folder, 3)
-    site = Site.custom("layer1.0.conv1", "output", axis=1)
+    # The site of a convolution is what comes out of its batch norm; the convolution itself can be named by hand.
+    site = pc.load(network).site("conv.layer1.0.conv1") if where == "bn1" else Site.custom("layer1.0.conv1", axis=1)
+    assert site.module == f"layer1.0.{where}"
     summaries = [pc.Moments(), pc.MinMax(), pc.TopExamples(3), pc.ByLabel("class", of=(pc.Moments(),))]
     found = pc.record(network, images_of(some), site, summaries, progress=False)[site.name]
 
     seen = []
-    handle = network.layer1[0].conv1.register_forward_hook(lambda *given: seen.append(given[-1]))  # type: ignore[union-attr]
+    handle = network.layer1[0].get_submodule(where).register_forward_hook(lambda *given: seen.append(given[-1]))  # type: ignore[union-attr]
     with torch.no_grad():
         for part in plain_input(some["x"]).split(7):
             network(part)

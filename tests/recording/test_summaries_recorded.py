@@ -14,7 +14,7 @@ from tests.recording.tiny import CASES, Rows, alone
 
 import patchclamp as pc
 from patchclamp.errors import DataError
-from patchclamp.recording import Batch, Setting, Summary, activation_store, fold_of
+from patchclamp.recording import Batch, Setting, Summary, activation_store
 from patchclamp.recording.mapped import mapped
 
 TEXTS = tiny.texts()
@@ -73,7 +73,7 @@ def agrees(recording: pc.Recording, site: str, rows: Rows) -> None:
     strongest = np.stack([rows.values[rows.example == example].max(0) for example in range(len(TEXTS))])
     np.testing.assert_allclose(found.pooled.values, strongest, atol=1e-6)
     for fold in (0, 1):
-        mine = np.flatnonzero(fold_of(np.arange(len(TEXTS))) == fold)
+        mine = np.flatnonzero(recording.folds == fold)
         assert found.by_token.fold(fold).count == np.isin(rows.example, mine).sum()
         top = found.exemplars.top(fold)
         np.testing.assert_allclose(top.values, -np.sort(-strongest[mine], axis=0)[:3].T, atol=1e-6)
@@ -182,7 +182,7 @@ def test_masks_of_the_maps_of_channels(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.threshold, np.quantile(maps, 0.9, axis=(0, 2, 3)), rtol=0.13)
     np.testing.assert_allclose(recording["conv.0"].pooled.values, maps.mean((2, 3)), rtol=1e-5, atol=1e-6)
     for fold in (0, 1):
-        mine = np.flatnonzero(fold_of(np.arange(30)) == fold)
+        mine = np.flatnonzero(recording.folds == fold)
         for neuron in range(5):
             best = mine[np.argsort(-maps[mine, neuron].max((1, 2)))][:4]
             top = found.top(fold)

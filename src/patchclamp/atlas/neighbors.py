@@ -34,7 +34,8 @@ def neighbors(
     Args:
         model: the model.
         corpus: the data it reads.
-        sites: sites of known size; the next layer of `mlp.3` is `mlp.4`, of the same kind and stack.
+        sites: sites of known size; the next layer of `mlp.3` is `mlp.4`, of the same kind and stack. The neurons of
+            an expert have partners in that expert only.
         number: how many partners in its own layer, and how many in the next.
         tokens: at most so many tokens are looked at, special ones included, of examples drawn with `seed`.
         batch_tokens: padded tokens of one forward pass.
@@ -131,7 +132,9 @@ def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
         pairs += [
             (site, other)
             for other in sites
+            # Two experts of different layers see different tokens.
             if (other.stack, other.kind) == (site.stack, site.kind)
+            and site.kind != "expert"
             and site.layer is not None
             and other.layer == site.layer + 1
         ]

@@ -203,7 +203,7 @@ class Images:
         return self._scanned
 
     def _scan(self, advance: Callable[[int], None] | None) -> Scan:
-        digest = hashlib.sha256()
+        digest, hashes = hashlib.sha256(), bytearray()
         values: dict[str, list[str]] = {label: [] for label in self._labels}
         strings: dict[str, str] = {}
         first: tuple[int, ...] = ()
@@ -215,8 +215,10 @@ class Images:
             first = first or (number, height, width)
             if odd is None and first != (number, height, width):
                 odd = (index, (number, height, width))
+            data = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("=")).data
             digest.update(f"{pixels.shape} {pixels.dtype.newbyteorder('=')} ".encode())
-            digest.update(np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("=")).data)
+            digest.update(data)
+            hashes += hashlib.blake2b(data, digest_size=8).digest()
             for label, value in sorted(self._labels_of(item, index).items()):
                 values[label].append(strings.setdefault(value, value))
                 for part in (label, value):
@@ -225,7 +227,8 @@ class Images:
             if advance is not None:
                 advance(1)
         self._check_lengths(index + 1)
-        return Scan(index + 1, digest.hexdigest(), {k: tuple(v) for k, v in values.items()}, first, odd)
+        listed = {label: tuple(each) for label, each in values.items()}
+        return Scan(index + 1, digest.hexdigest(), bytes(hashes), listed, first, odd)
 
     # Labels -----------------------------------------------------------------------------------------
 
@@ -281,6 +284,7 @@ class Scan:
     Attributes:
         count: how many there are.
         sha256: hash of their decoded pixels and labels.
+        hashes: a hash of the pixels of each, eight bytes an image.
         labels: label -> its value of each example.
         shape: of the first image, `(channels, height, width)`.
         odd: number and shape of the first image of another shape; None where all are alike.
@@ -288,6 +292,7 @@ class Scan:
 
     count: int
     sha256: str
+    hashes: bytes
     labels: dict[str, tuple[str, ...]]
     shape: tuple[int, ...]
     odd: tuple[int, tuple[int, ...]] | None

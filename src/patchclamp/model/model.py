@@ -11,13 +11,13 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
 
 from patchclamp.errors import DataError, ModelError, SiteNotReached, unknown
-from patchclamp.model.activations import Activations
+from patchclamp.model.activations import joined, labelled
 from patchclamp.model.aliases import unalias
 from patchclamp.model.blocks import Block, blocks_of
 from patchclamp.model.example import Example, input_device
@@ -30,9 +30,8 @@ from patchclamp.model.probe import probe
 from patchclamp.model.readout import Readout, readout_of
 from patchclamp.model.signature import accepts, parameters
 from patchclamp.model.site import Site
-from patchclamp.model.taps import Seen
 from patchclamp.model.tokenize import PaddedBatch, TokenReader, pad, require_tokenizer
-from patchclamp.model.weights import projection_weights, tied_weights, weights_sha256
+from patchclamp.model.weights import check_devices, kernels, projection_weights, tied_weights, weights_sha256
 from patchclamp.neurons import Neurons
 
 
@@ -160,22 +159,12 @@ class Model:
         if found.kind == "expert":
             return expert_input_weights(self.module.get_submodule(found.module), found.unit)
         if found.kind == "conv":
-            return {"in": self._kernels(found)}
+            return {"in": kernels(self.module.get_submodule(found.reads["in"]), found.name)}
         if not found.reads:
             raise ModelError(f"{found.name} is of kind {found.kind!r}: no projection feeds its neurons one by one")
         if "gate_up" in found.reads:
             raise ModelError(f"{found.name}: gate and up are one fused projection, {found.reads['gate_up']}")
         return {role: projection_weights(self.module.get_submodule(path), path).T for role, path in found.reads.items()}
-
-    def _kernels(self, site: Site) -> torch.Tensor:
-        """What each channel of a convolution reads: `[size, inputs * kernel]`, before the norm that follows."""
-        module = self.module.get_submodule(site.reads["in"])
-        weight = cast(torch.Tensor, module.weight).detach()
-        if not getattr(module, "transposed", False):
-            return weight.flatten(1)
-        if module.groups != 1:
-            raise ModelError(f"{site.name}: the kernels of a transposed convolution in groups are not one matrix")
-        return weight.transpose(0, 1).flatten(1)
 
     @property
     def blocks(self) -> list[Block]:
@@ -301,7 +290,7 @@ class Model:
         for site in chosen:
             seen = joined(site, captured[site.name])
             strings = tokens.get("decoder" if site.stack == "decoder" else "") if tokens else None
-            result[site.name] = _labelled(site, seen, strings)
+            result[site.name] = labelled(site, seen, strings)
         return result[chosen[0].name] if single else result
 
     def logits(self, text: str) -> torch.Tensor:
@@ -399,21 +388,7 @@ class Model:
             ModelError: weights on "meta" that nobody brings when they are needed, or on two devices with nobody who
                 moves the data between them; the message names one on each.
         """
-        moved = any(hasattr(module, "_hf_hook") for module in self.module.modules())
-        if moved or hasattr(self.module, "hf_device_map"):
-            return
-        places: dict[torch.device, str] = {}
-        for name, parameter in self.module.named_parameters():
-            places.setdefault(parameter.device, name)
-        if missing := next((name for device, name in places.items() if device.type == "meta"), ""):
-            raise ModelError(
-                f"the weight {missing} is on the device 'meta': it has a shape and no values. Load it first"
-            )
-        if len(places) > 1:
-            listed = " and ".join(f"{name} on {device}" for device, name in list(places.items())[:2])
-            raise ModelError(
-                f"the weights lie on several devices ({listed}): use model.to(...), or device_map= in loading"
-            )
+        check_devices(self.module)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -543,47 +518,6 @@ _IN_BLOCK = (
 def _place_in_block(site: Site) -> int:
     named = site.name.removeprefix(f"{site.stack}.").partition(".")[0]
     return _IN_BLOCK.index(named) if named in _IN_BLOCK else -1
-
-
-def joined(site: Site, captured: Sequence[Seen]) -> Seen:
-    """What one forward pass showed of a site, as one.
-
-    A block that computes its MLP in pieces along the sequence calls the module several times; a cell is called
-    once for each time step, and its calls `[examples, size]` become `[examples, time, size]`.
-
-    Raises:
-        SiteNotReached: the module was never called.
-    """
-    if not captured:
-        raise SiteNotReached(
-            f"the forward pass never reached {site.name}: the module {site.module} was not called. "
-            "Its weights may be used directly by a fused kernel, or this input takes another path"
-        )
-    steps = [seen.tensor for seen in captured]
-    if site.time and all(each.ndim <= 2 and each.shape == steps[0].shape for each in steps):
-        return Seen(torch.stack(steps, dim=steps[0].ndim - 1))
-    if len(captured) == 1:
-        return captured[0]
-    if any(seen.place is not None for seen in captured):
-        raise ModelError(
-            f"{site.name}: one forward pass calls the module {site.module} {len(captured)} times: which call is "
-            "meant cannot be said"
-        )
-    return Seen(torch.cat(steps, dim=1))
-
-
-def _labelled(site: Site, seen: Seen, strings: list[str] | None) -> Activations:
-    """The activations of one input; `strings` are its tokens, None where it is no text."""
-    tensor = seen.tensor
-    if site.kind == "pattern":
-        tensor = tensor.movedim(-1, 1)
-        return Activations.of(tensor if strings is None else tensor[0], site.name, None)
-    if strings is None:
-        return Activations.of(tensor, site.name, None)
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    if seen.place is not None:
-        strings = [strings[place] for place in seen.place.tolist()]
-    return Activations.of(tensor, site.name, strings if len(strings) == len(tensor) else None)
 
 
 def _is_left_padded(batch: PaddedBatch) -> bool:

@@ -39,6 +39,38 @@ def projection_weights(module: nn.Module, name: str = "") -> torch.Tensor:
     return weight.detach() if type(module).__name__ == "Conv1D" else weight.detach().T
 
 
+def kernels(module: nn.Module, name: str = "") -> torch.Tensor:
+    """What each output channel of a convolution reads, `[outputs, inputs * kernel]`, before any norm that follows.
+
+    Raises:
+        ModelError: a transposed convolution in groups, whose kernels are not one matrix.
+    """
+    weight: Any = module.weight
+    if not getattr(module, "transposed", False):
+        return weight.detach().flatten(1)
+    if module.groups != 1:
+        raise ModelError(f"{name}: the kernels of a transposed convolution in groups are not one matrix")
+    return weight.detach().transpose(0, 1).flatten(1)
+
+
+def check_devices(root: nn.Module) -> None:
+    """Refuse a module whose weights are missing, or lie on several devices with nobody who moves the data.
+
+    Raises:
+        ModelError: so it is; the message names a weight on each device.
+    """
+    if hasattr(root, "hf_device_map") or any(hasattr(module, "_hf_hook") for module in root.modules()):
+        return  # accelerate moves the data, and brings weights
+    places: dict[torch.device, str] = {}
+    for name, parameter in root.named_parameters():
+        places.setdefault(parameter.device, name)
+    if missing := next((name for device, name in places.items() if device.type == "meta"), ""):
+        raise ModelError(f"the weight {missing} is on the device 'meta': it has a shape and no values. Load it first")
+    if len(places) > 1:
+        listed = " and ".join(f"{name} on {device}" for device, name in list(places.items())[:2])
+        raise ModelError(f"the weights lie on several devices ({listed}): use model.to(...), or device_map= in loading")
+
+
 def is_quantised(module: nn.Module) -> str | None:
     """Why the weights of a module cannot be taken for the numbers it computes with; None where they can."""
     kind = type(module)

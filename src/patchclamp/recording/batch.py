@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from patchclamp.errors import DataError
+from patchclamp.recording.folds import fold_of
 
 # A block of rows should stay in the processor's cache while several operations read it; a GPU wants large
 # ones. Never above 2^24, so that counts in float32 within one block are exact.
@@ -81,6 +82,7 @@ class Batch:
         position: [rows] int64, index of the token in the example's own sequence.
         token: [rows] int64 token ids; None for data without tokens.
         labels: label name -> [rows] int64 category code.
+        fold: [rows] int64, 0 or 1, the fold of the example; None: by a hash of its id.
         grid: where every example gives the same number of rows, which lie on a grid (the pixels of a channel's
             map, `(height, width)`), its shape; a row's position counts along the last dimension first. Else None.
         others: site -> [rows, its size], what other sites did on the same rows, finite or not; only those that a
@@ -96,6 +98,7 @@ class Batch:
     token: torch.Tensor | None = None
     labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
     grid: tuple[int, ...] | None = None
+    fold: torch.Tensor | None = None
     others: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,7 +106,7 @@ class Batch:
             raise DataError(f"a batch has values [rows, size], not {list(self.values.shape)}")
         if self.values.dtype not in (torch.float32, torch.float64):
             raise DataError(f"a batch has values in float32 or float64, not {self.values.dtype}")
-        columns = {"example": self.example, "position": self.position, "token": self.token}
+        columns = {"example": self.example, "position": self.position, "token": self.token, "fold": self.fold}
         columns |= {f"label {name!r}": codes for name, codes in self.labels.items()}
         for name, column in columns.items():
             if column is not None and column.shape != (len(self),):
@@ -139,6 +142,7 @@ class Batch:
             token=None if self.token is None else self.token[rows],
             labels={name: codes[rows] for name, codes in self.labels.items()},
             grid=self.grid,
+            fold=None if self.fold is None else self.fold[rows],
             others={site: values[rows] for site, values in self.others.items()},
         )
 
@@ -151,6 +155,11 @@ class Batch:
             self._check_range("example", self.example, _LARGEST_EXAMPLE)
             self._check_range("position", self.position, _POSITION_MASK)
         return (self.example << _POSITION_BITS) | self.position
+
+    @cached_property
+    def folds(self) -> torch.Tensor:
+        """[rows] int64: which fold each row belongs to."""
+        return fold_of(self.example) if self.fold is None else self.fold
 
     @cached_property
     def group_maximum(self) -> torch.Tensor:

@@ -1,15 +1,17 @@
 """The two folds of a data set: what describes a neuron reads the first, what scores the description reads the second.
 
-The fold of an example is one bit of a hash of its id, which is its place in the data set (all that a batch knows
-of it). So the folds are about equal, the same in every recording of the same data, whatever the batches, and
-nothing has to be stored.
+The fold of an example is one bit of a hash of what it is: of the text, the pixels, the numbers. So a text that occurs
+twice is in one fold, and so are all windows of a long document: nothing of what is scored has been described. The
+folds are about equal, and the same in every recording of the data, whatever the batches and the order.
 
-The hash is the output of SplitMix64 (Steele, Lea and Flood, 2014): the number that its generator, started at
-the seed, gives after as many steps as the id says. It is a bijection: no two ids of one seed share it.
+A batch that does not say in which fold its examples are (one made by hand) is divided by a hash of their ids. That
+hash is the output of SplitMix64 (Steele, Lea and Flood, 2014): the number that its generator, started at the seed,
+gives after as many steps as the id says. It is a bijection: no two ids of one seed share it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import overload
 
@@ -20,12 +22,17 @@ FOLDS = 2
 _SEED_OF_FOLDS = 0x666F6C6473  # "folds"
 
 
+def fold_of_content(content: bytes | memoryview) -> int:
+    """The fold of an example: 0 (for describing) or 1 (for scoring), from all that it is made of."""
+    return hashlib.blake2b(content, digest_size=1).digest()[0] & 1
+
+
 @overload
 def fold_of(example: torch.Tensor) -> torch.Tensor: ...
 @overload
 def fold_of(example: np.ndarray | Sequence[int] | int) -> np.ndarray: ...
 def fold_of(example: torch.Tensor | np.ndarray | Sequence[int] | int) -> torch.Tensor | np.ndarray:
-    """The fold of each example: 0 (for describing) or 1 (for scoring).
+    """The fold of each example, from its id alone: for batches that do not say it.
 
     Args:
         example: ids of examples, of any shape: a tensor, an array, or numbers.

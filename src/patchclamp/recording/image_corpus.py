@@ -18,6 +18,7 @@ from patchclamp.model.plainly import plainly
 from patchclamp.model.signature import accepts
 from patchclamp.progress import Progress
 from patchclamp.recording.corpus import Forward, TensorCorpus
+from patchclamp.recording.folds import fold_of_content
 
 _PIXELS, _IDS = "pixel_values", "input_ids"
 # How many positions an image has is known only when a site has been read; so many are reckoned with.
@@ -61,6 +62,8 @@ class ImageCorpus(TensorCorpus):
             for place in [{category: code for code, category in enumerate(categories)}]
         }
         self.examples = self.tokens = scan.count
+        hashes = [scan.hashes[place : place + 8] for place in range(0, len(scan.hashes), 8)]
+        self.folds = np.asarray([fold_of_content(each) for each in hashes], np.uint8)
         self.counts = np.zeros(0, np.int64)
         self.module = self._module_that_runs(first)
         self._positions = self._patches() or _POSITIONS

@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from patchclamp.neurons import Neurons
 from patchclamp.recording.activation_store import StoredActivations, opened_activations
 from patchclamp.recording.batch import Batch, Calibration, Setting
 from patchclamp.recording.compare import compare
+from patchclamp.recording.documents import Documents
 from patchclamp.recording.mapped import mapped
 from patchclamp.recording.summaries import ByLabel, Summary
 from patchclamp.recording.windows import Window, Windows
@@ -89,6 +90,9 @@ class Recording:
         labels_of_examples: example -> label -> category, for the examples that the recording shows.
         path: the folder it was read from or written to, or None.
         activations_folder: the folder of the Zarr arrays, one group a site; None where they were not kept.
+        folds: `[examples]` uint8, the fold of each example: 0 for describing, 1 for scoring.
+        documents: of which document each example is a window, and where in it; None where examples are whole texts.
+            `recording.documents.place(example)` and `.examples(document)` answer.
     """
 
     by_site: dict[str, SiteRecording]
@@ -99,6 +103,8 @@ class Recording:
     labels_of_examples: dict[int, dict[str, str]]
     path: Path | None = None
     activations_folder: Path | None = None
+    folds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    documents: Documents | None = None
 
     def __getitem__(self, site: str | Site) -> SiteRecording:
         name = site.name if isinstance(site, Site) else site
@@ -166,7 +172,7 @@ class Recording:
         for name, each in self.by_site.items():
             if each.activations is None:
                 raise DataError("pairing activations with tokens anew needs them: record(..., activations=True)")
-            permuted[name] = _permuted(each, each.activations, seed)
+            permuted[name] = _permuted(each, each.activations, self.folds, seed)
         parameters = self.facts["parameters"] | {"activations": False, "tokens_permuted": seed}
         return Recording(
             permuted,
@@ -175,6 +181,8 @@ class Recording:
             self.vocabulary,
             self.windows,
             self.labels_of_examples,
+            folds=self.folds,
+            documents=self.documents,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -245,6 +253,8 @@ class Recording:
             | {name: [labels[name] for _, labels in shown] for name in self.labels},
             schema={"example": pl.Int64} | dict.fromkeys(self.labels, pl.String),
         ).write_parquet(folder / "examples.parquet")
+        of_examples = {"fold": self.folds} | (self.documents.state() if self.documents is not None else {})
+        save_file(of_examples, folder / _EXAMPLES)
         if self.activations_folder is not None:
             shutil.copytree(self.activations_folder, folder / "activations")
         write_manifest(folder, "recording", self._manifest())
@@ -267,7 +277,11 @@ class Recording:
             "summaries": {name: each.parameters() for name, each in first.summaries.items()},
             "activations": self.activations_folder is not None,
             "windows": list(self.windows),
+            "documents": self.documents is not None,
         }
+
+
+_EXAMPLES = "examples.safetensors"
 
 
 def _file_name(site: str, large: bool = False) -> str:
@@ -306,6 +320,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
     vocabulary = pl.read_parquet(folder / "vocabulary.parquet")
     shown = pl.read_parquet(folder / "examples.parquet")
     of_examples = {row.pop("example"): row for row in shown.iter_rows(named=True)}
+    arrays_of_examples = load_file(folder / _EXAMPLES)
     facts = {key: manifest[key] for key in ("model", "data", "parameters", "versions")}
     return Recording(
         by_site,
@@ -319,6 +334,8 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
         of_examples,
         folder,
         folder / "activations" if manifest["activations"] else None,
+        arrays_of_examples["fold"],
+        Documents.restored(arrays_of_examples) if manifest["documents"] else None,
     )
 
 
@@ -337,7 +354,7 @@ def _simple_columns(name: str, each: SiteRecording) -> pl.DataFrame:
     return pl.DataFrame(columns, schema_overrides={"index": pl.Int64})
 
 
-def _permuted(each: SiteRecording, stored: StoredActivations, seed: int) -> SiteRecording:
+def _permuted(each: SiteRecording, stored: StoredActivations, folds: np.ndarray, seed: int) -> SiteRecording:
     tokens = stored.token[:]
     tokens = tokens[np.random.default_rng(seed).permutation(len(tokens))]
     example, position = stored.example[:], stored.position[:]
@@ -349,6 +366,7 @@ def _permuted(each: SiteRecording, stored: StoredActivations, seed: int) -> Site
             torch.from_numpy(example[part]),
             torch.from_numpy(position[part]),
             torch.from_numpy(tokens[part]),
+            fold=torch.from_numpy(folds[example[part]].astype(np.int64)),
         )
         finite = torch.isfinite(values).all(1)
         batch = batch if bool(finite.all()) else batch.select(finite)

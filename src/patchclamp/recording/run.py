@@ -20,7 +20,7 @@ from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
 from patchclamp.recording.activation_store import ActivationWriter, opened_activations
 from patchclamp.recording.batch import Batch, Calibration, Setting
-from patchclamp.recording.corpus import Corpus
+from patchclamp.recording.corpus import Corpus, TextCorpus
 from patchclamp.recording.recording import Recording, SiteRecording
 from patchclamp.recording.stream import finite_rows, stream
 from patchclamp.recording.summaries import ByLabel, ByToken, Histogram, MinMax, Summary
@@ -258,7 +258,17 @@ class Run:
             rows = [each.count + each.nonfinite["rows"] for each in by_site.values()]
             self.facts["data"]["tokens"] = max(rows)
         vocabulary = self._vocabulary(windows)
-        return Recording(by_site, self.facts, labels, vocabulary, windows, of_examples, activations_folder=folder)
+        return Recording(
+            by_site,
+            self.facts,
+            labels,
+            vocabulary,
+            windows,
+            of_examples,
+            activations_folder=folder,
+            folds=self.corpus.folds,
+            documents=self.corpus.documents if isinstance(self.corpus, TextCorpus) else None,
+        )
 
     def _windows(self, by_site: Mapping[str, SiteRecording]) -> dict[str, Windows]:
         if not len(self.corpus.counts):

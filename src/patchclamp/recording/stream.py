@@ -52,7 +52,7 @@ def stream(model: Model, corpus: Corpus, sites: Sequence[Site], batches: Sequenc
         forward = corpus.forward(examples)
         with model.evaluating(), torch.no_grad(), reading(model.module, sites) as captured:
             module(*forward.arguments, **forward.keywords, **quiet)
-        read = {site.name: _batch(site, captured.pop(site.name), forward, corpus.codes) for site in sites}
+        read = {site.name: _batch(site, captured.pop(site.name), forward, corpus.codes, corpus.folds) for site in sites}
         passed = {site.name: forward.tokens if site.kind == "expert" else len(read[site.name]) for site in sites}
         yield Read(read, passed, forward.tokens)
 
@@ -73,7 +73,9 @@ def finite_rows(batch: Batch) -> tuple[Batch, dict[str, int]]:
     return batch.select(finite), found
 
 
-def _batch(site: Site, captured: Sequence[Seen], forward: Forward, codes: Mapping[str, np.ndarray]) -> Batch:
+def _batch(
+    site: Site, captured: Sequence[Seen], forward: Forward, codes: Mapping[str, np.ndarray], folds: np.ndarray
+) -> Batch:
     of_stack = forward.decoder_rows if site.stack == "decoder" and forward.decoder_rows is not None else forward.rows
     seen = _whole(site, captured, of_stack)
     rows, values, grid = _rows(site, seen, of_stack, forward.examples)
@@ -93,6 +95,7 @@ def _batch(site: Site, captured: Sequence[Seen], forward: Forward, codes: Mappin
         None if rows.token is None else rows.token.to(device),
         labels,
         grid,
+        torch.from_numpy(folds[forward.examples].astype(np.int64))[rows.row].to(device),
     )
 
 

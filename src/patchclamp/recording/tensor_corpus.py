@@ -12,6 +12,7 @@ from patchclamp.data import Tensors
 from patchclamp.model.model import Model
 from patchclamp.model.tokenize import PaddedBatch
 from patchclamp.recording.codes import Codes, feed
+from patchclamp.recording.folds import fold_of_content
 from patchclamp.recording.forward import Forward, counted_rows
 
 
@@ -28,6 +29,7 @@ class TensorCorpus:
             codes.add(example.labels)
         self.codes = codes.arrays()
         self.examples = len(data)
+        self.folds = np.asarray([fold_of_content(_bytes_of(each)) for each in data.values], np.uint8)
         self._is_ids = not data.values.is_floating_point() and data.values.ndim == 2
         self._main = getattr(model.module, "main_input_name", None) if hasattr(model.module, "config") else None
         # A row of numbers is one position, a sequence of ids as many as it is long; an image is not known before.
@@ -88,9 +90,13 @@ def drawn(examples: np.ndarray, lengths: np.ndarray, tokens: int, seed: int) -> 
 
 def _hash_of(data: Tensors, codes: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(f"{tuple(data.values.shape)} {data.values.dtype}".encode())
-    flat = data.values.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(_bytes_of(data.values))
     for name in sorted(codes):
         feed(digest, name, *data.labels[name])
         digest.update(codes[name].tobytes())
     return digest.hexdigest()
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -30,6 +30,7 @@ class TextCorpus:
         labels: label -> categories; those of token labels too, the last of which is that of tokens without one.
         token_labels: names of the labels that belong to tokens.
         codes: label -> `[examples]` int32, the category of each example; without the labels of tokens.
+        folds: `[examples]` uint8, the fold of each example: that of its whole text.
         lengths: `[examples]` int64, tokens of each example, special ones included.
         counted: `[examples]` int64, how many of them count.
         counts: `[vocabulary]` int64, how often each token counts.
@@ -48,6 +49,7 @@ class TextCorpus:
         self.labels: dict[str, tuple[str, ...]] = {}
         self.token_labels: tuple[str, ...] = ()
         self.codes: dict[str, np.ndarray] = {}
+        self.folds = np.zeros(0, np.uint8)
         self.lengths = self.counted = self.counts = np.zeros(0, np.int64)
         self.truncated = 0
         self.limit: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from patchclamp.model.tokenize import Encoded, TokenReader, require_tokenizer
 from patchclamp.progress import Progress
 from patchclamp.recording.codes import Codes, code_of, feed, places
 from patchclamp.recording.documents import DocumentWriter, windows
+from patchclamp.recording.folds import fold_of_content
 from patchclamp.recording.positions import Positions
 from patchclamp.recording.ragged import Ragged
 from patchclamp.recording.text_corpus import TextCorpus
@@ -121,7 +123,8 @@ class _Writer:
         self.codes = Codes(data.labels)
         self.places = places(self.of_tokens)
         self.digest = hashlib.sha256()
-        self.counted: list[int] = []
+        self.counted = array("q")
+        self.folds = array("B")
         self.read = 0
 
     def add(self, chunk: Sequence[Example]) -> None:
@@ -160,6 +163,7 @@ class _Writer:
         if not corpus.examples:
             raise DataError(f"no examples in {self.data.name}")
         corpus.counted = np.asarray(self.counted, np.int64)
+        corpus.folds = np.asarray(self.folds, np.uint8)
         if not corpus.counted.any():
             raise DataError(f"positions chose no token of {self.data.name}: nothing is left to count")
         if self.documents is not None:
@@ -207,6 +211,7 @@ class _Writer:
         for label, each in codes.items():
             self.corpus._token_codes[label].append(each)
         self.counted.append(int(counted.sum()))
+        self.folds.append(fold_of_content(example.text.encode("utf-8", "surrogatepass")))
         self.codes.add(example.labels, where)
 
     def _check_tokens(self, encoded: Encoded, text: str, where: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from patchclamp.errors import DataError
 from patchclamp.recording.batch import Batch, Setting
-from patchclamp.recording.folds import FOLDS, fold_of
+from patchclamp.recording.folds import FOLDS
 from patchclamp.recording.summaries.summary import Summary
 from patchclamp.recording.thresholds import (
     FractionOfMaximum,
@@ -146,7 +146,7 @@ class ByToken(Summary):
         held, threshold = self.tensors, self.tensors["threshold"].to(batch.values.dtype)
         slots = len(held["tokens"])
         self._widen(self.count + len(batch))
-        fold = fold_of(batch.example)
+        fold = batch.folds
         held["count"] += torch.bincount(fold, minlength=FOLDS)
         # A number for each fold and slot; in each fold, the tokens without a slot share the last.
         group = fold * (slots + 1) + self._slot(batch.token)

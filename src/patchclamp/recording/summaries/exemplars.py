@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from patchclamp.errors import DataError
 from patchclamp.recording.batch import Batch, Setting, example_of, unpack_rank
-from patchclamp.recording.folds import FOLDS, fold_of, hashed
+from patchclamp.recording.folds import FOLDS, hashed
 from patchclamp.recording.summaries.best import NO_RANK, best_places, keep_best, windows_around
 from patchclamp.recording.summaries.summary import Summary, whole
 from patchclamp.recording.thresholds import OwnQuantile, resolve
@@ -164,9 +164,9 @@ class Exemplars(Summary):
 
     def add(self, batch: Batch) -> None:
         self._fit_grid(batch)
-        ids, _, _ = batch.spans
+        ids, first, _ = batch.spans
         maximum, row = batch.maxima
-        shelf = fold_of(ids)[:, None] * self.size + torch.arange(self.size, device=ids.device)
+        shelf = batch.folds[first][:, None] * self.size + torch.arange(self.size, device=ids.device)
         rank = batch.rank[row]
         for kind in _KINDS:
             key = maximum if kind == "top" else _drawn(ids, self._salt(kind))[:, None].expand_as(rank)
