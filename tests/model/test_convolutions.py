@@ -287,3 +287,29 @@ def test_convolutions_in_one_and_three_dimensions(dimensions: int) -> None:
     x = torch.randn(2, 2, *[8] * dimensions)
     read = model.activations(x, "conv.0")
     assert_same(read.movedim(-1, 1), network[:3](x).detach())
+
+
+def test_a_channel_that_two_modules_read_ends_where_the_convolution_does() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act, self.aside = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.act(x) + self.aside(x)
+
+    # Behind the nonlinearity, a silent channel would still be heard aside.
+    model = pc.load(drawn(Forked()))
+    assert (model.site("conv.conv").module, model.site("conv.conv").activation) == ("conv", None)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_an_image_without_a_dimension_of_examples(dimensions: int) -> None:
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d}[dimensions]
+    network = nn.Sequential(convolution(2, 4, 3), nn.ReLU(), convolution(4, 3, 1)).eval()
+    model, x = pc.load(network), torch.randn(2, *[6] * dimensions)
+    assert_same(model.activations(x, "conv.0").movedim(-1, 0), network[:2](x).detach())
+    with model.intervene(pc.ablate(pc.Neurons({"conv.0": [1]}))), torch.no_grad():
+        hidden = network[:2](x)
+        assert not hidden[1].any() and hidden[0].any()

@@ -230,6 +230,31 @@ def test_experts_report_per_routed_token_and_per_token(title: str, tmp_path: Any
     assert "routing_rate" in recording.neurons().columns
 
 
+def test_special_tokens_that_do_not_count_do_not_count_for_experts_either() -> None:
+    module = by_title("Mixtral").build()
+    model = pc.load(module, tokenizer=tokenizer(special=True))
+    recording = pc.record(model, TEXTS, "expert.*", [pc.Moments, pc.TopExamples(2)], progress=False)
+    assert sum(recording[f"expert.0.{expert}"].count for expert in range(4)) == 2 * sum(len(t.split()) for t in TEXTS)
+    for name in recording:
+        rows, places = [], []
+        for number, text in enumerate(TEXTS):
+            read = model.activations(text, name)
+            words = ["[CLS]", *text.split(), "[SEP]"]
+            assert read.tokens is not None and len(read.tokens) == len(read)
+            assert {each.strip() for each in read.tokens} <= set(words)
+            kept = [place for place, token in enumerate(read.tokens) if token not in ("[CLS]", "[SEP]")]
+            rows.append(read[kept].double())
+            places += [(number, read.tokens[place].strip()) for place in kept]
+        every = torch.cat(rows).numpy()
+        each = recording[name]
+        assert each.count == len(every)
+        np.testing.assert_allclose(each.moments.mean, every.mean(0), rtol=1e-4, atol=1e-5)
+        for neuron in range(3):
+            example, position = int(each.top_examples.example[neuron, 0]), int(each.top_examples.position[neuron, 0])
+            word = ["[CLS]", *TEXTS[example].split()][position]
+            assert (example, word) == places[int(every[:, neuron].argmax())]
+
+
 def test_an_expert_to_which_nothing_is_routed_counts_zero() -> None:
     module: Any = by_title("Mixtral").build()
     with torch.no_grad():  # the router never chooses expert 3

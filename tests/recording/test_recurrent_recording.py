@@ -154,3 +154,25 @@ def test_an_ablated_neuron_is_recorded_as_silent_and_missed_by_the_others(networ
     np.testing.assert_allclose(np.delete(deaf[site].moments.mean, 2), np.delete(means, 2), rtol=1e-9)
     after = recorded(model, TEXTS)
     np.testing.assert_array_equal(after[site].moments.mean, deaf[site].moments.mean)
+
+
+def test_packed_sequences_that_are_no_texts() -> None:
+    class Lengths(nn.Module):
+        """Reads how many steps of each sequence are real off the number of steps that are not zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, SIZE, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lengths = x.any(-1).sum(1).cpu()
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.rnn(packed)[1]
+
+    torch.manual_seed(1)
+    module, data = Lengths().double().eval(), torch.randn(9, 5, 3).double()
+    lengths = [3, 5, 1, 4, 5, 2, 2, 5, 4]
+    for number, length in enumerate(lengths):
+        data[number, length:] = 0
+    each = [module.rnn(data[number : number + 1, :length])[0][0] for number, length in enumerate(lengths)]
+    agrees(recorded(pc.load(module), data)["recurrent.rnn.0"], each)
