@@ -27,14 +27,16 @@ def test_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch, mi
         exec(compile(block, page, "exec"), names)
 
 
-def test_the_page_of_models_runs_and_prints_what_it_says(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("page", "at_least"), [("data", 5), ("images", 4), ("models", 9)])
+def test_page_prints_what_it_says(page: str, at_least: int, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    source = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n?```text\n(.*?)^```)?", source, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= at_least
+    assert source.count("```text\n") == sum(bool(printed) for _, printed in blocks)  # none stands apart from its code
     names: dict[str, object] = {"__name__": "docs"}
-    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 8
     for block, printed in blocks:
-        exec(compile(block, "docs/models.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
         assert capsys.readouterr().out == printed
 
 

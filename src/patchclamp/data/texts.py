@@ -74,8 +74,10 @@ class Texts(Labelled[Example]):
         >>> texts = Texts(["A dog.", "Ein Hund."], labels={"language": ["en", "de"]})
         >>> texts.labels
         {'language': ('de', 'en')}
-        >>> [(example.text, example.labels["language"]) for example in texts]
-        [('A dog.', 'en'), ('Ein Hund.', 'de')]
+        >>> for example in texts:
+        ...     print(example.text, example.labels["language"])
+        A dog. en
+        Ein Hund. de
     """
 
     dropped: tuple[tuple[int, int], ...] = ()

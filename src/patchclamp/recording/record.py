@@ -62,8 +62,9 @@ def record(
 
     Args:
         model: a `Model` from `patchclamp.load`, or any module.
-        data: texts (`pc.Texts` or any list of `str`), or tensors `[examples, ...]` for a model without a tokenizer.
-        sites: names or globs: `"mlp.*"`, `["mlp.3", "attn.[0-2]"]`, `"module:a.b.c"`.
+        data: texts (`pc.Texts`, `pc.Chats` or any list of `str`), `pc.Images`, or tensors `[examples, ...]` for a
+            model without a tokenizer.
+        sites: names or globs: `"mlp.*"`, `["mlp.3", "attn.[0-2]"]`, `"module:a.b.c"`; or a `Site`.
         summaries: what to keep. None keeps `Moments`, `FiringRate` (above 0, and above half of the neuron's
             maximum), `MinMax`, `Histogram`, `TopExamples(20)`, `ByToken`, and `ByLabel` for every label of the data.
         store: a folder to save the recording in. If a recording of the same model, data and parameters is
@@ -72,7 +73,8 @@ def record(
             with the recording): 4 bytes a neuron and token.
         max_length: longest text in tokens, special ones included; longer ones are cut. Default: the smaller of
             the tokenizer's and the model's own limit.
-        batch_tokens: padded tokens of one forward pass. It does not change the result.
+        batch_tokens: padded tokens of one forward pass; an image counts as its patches, or as 128 tokens where the
+            model has none. It does not change the result.
         seed: draws the sample that relative thresholds are calibrated on.
         progress: draw a progress bar, and say beforehand what memory the summaries take.
         special_tokens: count the tokens that the tokenizer adds too. Padding never counts.
