@@ -21,7 +21,7 @@ import patchclamp as pc
 from patchclamp.model.kinds import Kind, groups_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-BEGIN, END = "<!-- table: written by tests/model/test_table.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- tables: written by tests/model/test_table.py -->", "<!-- end of tables -->"
 every = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -141,24 +141,25 @@ def test_what_is_not_listed_has_a_reason_and_refuses_with_it(case: Case) -> None
             assert kind.why_not in str(raised.value)
 
 
-def table() -> str:
-    """The whole table as Markdown: a row for each kind of each architecture."""
-    rows = ["| architecture | sites | neurons each | read | written | baked | why not |", "|" + "---|" * 7]
+def tables() -> str:
+    """A table for each architecture, in Markdown, with a row for each kind of site."""
+    lines: list[str] = []
     for case in CASES:
-        for place, kind in enumerate(loaded(case).kinds()):
+        lines += [f"## {case.title}", "", "| sites | neurons | read | written | baked | why not |", "|" + "---|" * 6]
+        for kind in loaded(case).kinds():
             sizes = ", ".join("?" if size is None else str(size) for size in kind.sizes)
             answers = " | ".join("yes" if answer else "no" for answer in (kind.read, kind.written, kind.baked))
-            title = f"**{case.title}**" if place == 0 else ""
             why = kind.why_not.replace("|", "\\|")
-            rows.append(f"| {title} | `{kind.name}` | {sizes} | {answers} | {why} |")
-    return "\n".join(rows)
+            lines.append(f"| `{kind.name}` | {sizes} | {answers} | {why} |")
+        lines.append("")
+    return "\n".join(lines).rstrip("\n")
 
 
 def test_the_page_in_the_docs_is_what_is_found() -> None:
     written = PAGE.read_text(encoding="utf-8") if PAGE.exists() else f"{BEGIN}\n{END}\n"
     head, _, rest = written.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    expected = f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}"
+    expected = f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
     if os.environ.get("PATCHCLAMP_WRITE_DOCS"):
         PAGE.write_text(expected, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == expected, "out of date: run the test with PATCHCLAMP_WRITE_DOCS=1"
