@@ -155,6 +155,42 @@ def test_blocks_that_share_their_weights_are_not_listed() -> None:
         model.select("mlp.*")
 
 
+def test_a_layer_that_stands_in_two_places_is_not_listed() -> None:
+    twice, once = Block("w1", "w2"), Block("w1", "w2")
+    model = pc.load(nn.Sequential(twice, once, twice))
+    assert [site.name for site in model.sites.values() if site.layer != 1] == []
+    assert [site.name for site in model.select("mlp.*")] == ["mlp.1"]
+    for layer in (0, 2):
+        with pytest.raises(UnknownName, match=rf"mlp\.{layer} is not listed: layers 0 and 2 share 2\."):
+            model.site(f"mlp.{layer}")
+
+
+def test_layers_that_share_a_part_keep_the_sites_that_are_their_own() -> None:
+    blocks = [Block("w1", "w2") for _ in range(3)]
+    blocks[2].w2 = blocks[0].w2
+    model = pc.load(nn.Sequential(*blocks))
+    assert [site.layer for site in model.select("resid_post.*")] == [0, 1, 2]
+    assert [site.layer for site in model.select("mlp.*")] == [1]
+    assert "mlp.0: not listed: layers 0 and 2 share 2.w2" in model.explain_sites()
+
+
+def test_a_second_name_of_a_whole_encoder_changes_nothing() -> None:
+    encoder = nn.Sequential(Block("w1", "w2"), Block("w1", "w2"))
+    wrapper = nn.ModuleDict({"model": nn.ModuleDict({"encoder": encoder}), "encoder": encoder})
+    assert [site.layer for site in pc.load(wrapper).select("mlp.*")] == [0, 1]
+
+
+def test_a_projection_that_one_block_calls_twice_is_not_listed() -> None:
+    class Twice(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(super().forward(x))
+
+    model = pc.load(nn.Sequential(Twice("w1", "w2"), Twice("w1", "w2")))
+    with pytest.raises(UnknownName, match=r"mlp\.\* is not listed: one call of 0 calls 0\.w2 2 times"):
+        model.select("mlp.*")
+    assert len(model.select("resid_post.*")) == 2
+
+
 def test_a_block_built_unlike_the_others_has_the_sites_that_it_has() -> None:
     module = nn.ModuleList([Block("w1", "w2", "w3"), Block("w1", "w2"), Block("w1", "w2", "w3")])
     model = pc.load(module)

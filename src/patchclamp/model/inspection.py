@@ -83,6 +83,8 @@ def inspect(root: nn.Module) -> Inspection:
         for layer, parts in stack.layers.items():
             for site in _sites_of_block(root, stack, layer, parts):
                 found.sites[site.name] = site
+    for stack in found.stacks:
+        _drop_shared(root, found, stack)
         for layer in sorted(set(range(len(_children(root, stack)))) - set(stack.layers)):
             found.unlisted[f"{stack.prefix}*.{layer}"] = f"{stack.block(layer)} has no MLP, experts or mixer"
         for kind in dict.fromkeys(kind for parts in stack.layers.values() for kind in parts.unlisted):
@@ -163,6 +165,23 @@ def _sites_of_block(root: nn.Module, stack: Stack, layer: int, parts: BlockParts
     if parts.output:
         yield from _mlp_sites(block, stack, layer, parts)
     yield Site(f"{stack.prefix}resid_post.{layer}", "resid_post", tensor="output", **residual)
+
+
+def _drop_shared(root: nn.Module, found: Inspection, stack: Stack) -> None:
+    """Drop the sites of modules that stand in several layers: a hook on such a module sees the calls of all."""
+    layers_of: dict[int, list[int]] = {}
+    for layer in stack.layers:
+        for module in root.get_submodule(stack.block(layer)).modules():
+            layers_of.setdefault(id(module), []).append(layer)
+    shared: dict[tuple[str, tuple[int, ...]], str] = {}
+    for name, site in found.sites.items():
+        if site.stack == stack.name and site.layer in stack.layers:
+            layers = layers_of[id(root.get_submodule(site.module))]
+            if len(layers) > 1:
+                shared[name.removeprefix(stack.prefix).partition(".")[0], tuple(layers)] = site.module
+    for (kind, layers), path in shared.items():
+        which = " and ".join(map(str, layers))
+        found.drop(stack, kind, list(layers), f"layers {which} share {path}: a call of it does not say which is meant")
 
 
 def _mlp_sites(block: nn.Module, stack: Stack, layer: int, parts: BlockParts) -> Iterator[Site]:

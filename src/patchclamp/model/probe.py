@@ -156,6 +156,8 @@ def _drop_unreadable(found: Inspection, block: _Block, parts: BlockParts, trace:
                 why = f"{block.base} returns {trace.shape or 'no tensor'}, which has no axis of {parts.width} neurons"
         elif site.through == "module" and path not in trace.order:
             why = f"a forward pass never calls {site.module} as a module"
+        elif site.through == "module" and (calls := trace.order.count(path)) > 1:
+            why = f"one call of {block.base} calls {site.module} {calls} times: which is meant cannot be said"
         elif site.kind in ("attn", "mixer"):
             module = (parts.attending[kind] if site.kind == "attn" else parts.mixer.rpartition(".")[0]) + "."
             last = [
