@@ -191,6 +191,17 @@ def test_a_projection_that_one_block_calls_twice_is_not_listed() -> None:
     assert len(model.select("resid_post.*")) == 2
 
 
+def test_lazy_layers_wait_for_the_first_call_of_their_owner() -> None:
+    lazy = [Block("w1", "w2") for _ in range(2)]
+    for block in lazy:
+        block.act = nn.Sequential(nn.SiLU(), nn.LazyLinear(6))
+    module = nn.Sequential(*lazy)
+    model = pc.load(module)
+    assert "could not be tried: ModelError: 0 has lazy layers, whose sizes a first call" in model.explain_sites()
+    assert all(isinstance(block.act[1].weight, nn.UninitializedParameter) for block in lazy)
+    assert model.activations(torch.randn(3, 4), "mlp.1").shape == (3, 6)
+
+
 def test_a_block_built_unlike_the_others_has_the_sites_that_it_has() -> None:
     module = nn.ModuleList([Block("w1", "w2", "w3"), Block("w1", "w2"), Block("w1", "w2", "w3")])
     model = pc.load(module)

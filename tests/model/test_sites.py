@@ -308,6 +308,24 @@ def test_an_mlp_computed_in_pieces_along_the_sequence_is_read_whole(dtype: torch
     assert_same(read, whole.activations(inputs, "mlp.1").clone())
 
 
+def test_a_module_that_one_pass_calls_for_several_layers_is_not_read() -> None:
+    norm = nn.LayerNorm(4)
+    model = pc.load(nn.Sequential(norm, nn.Linear(4, 4), norm))
+    with pytest.raises(pc.errors.ModelError, match="calls the module 0 2 times: which call is meant"):
+        model.activations(torch.randn(3, 4), "module:0")
+
+
+def test_a_block_that_shows_something_else_than_its_neurons_is_not_read() -> None:
+    class Narrowing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.ndim == 2  # what made-up inputs are not
+            return super().forward(x)[..., :2]
+
+    model = pc.load(nn.Sequential(Narrowing(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))))
+    with pytest.raises(pc.errors.ModelError, match=r"resid_post\.0 has 3 neurons, and 0 shows a tensor \[7, 2\]"):
+        model.activations(torch.randn(7, 3), "resid_post.0")
+
+
 def test_modules_by_hand() -> None:
     module = Classifier()
     x = torch.randn(5, 6)

@@ -53,6 +53,8 @@ def joined(site: Site, captured: Sequence[Seen]) -> Seen:
 
     Raises:
         SiteNotReached: the module was never called.
+        ModelError: it was called several times, and neither of these is the reason; or it showed something else
+            than the site's neurons.
     """
     if not captured:
         raise SiteNotReached(
@@ -60,11 +62,14 @@ def joined(site: Site, captured: Sequence[Seen]) -> Seen:
             "Its weights may be used directly by a fused kernel, or this input takes another path"
         )
     steps = [seen.tensor for seen in captured]
+    if site.size is not None and any(each.shape[-1] != site.size for each in steps):
+        shape = next(list(each.shape) for each in steps if each.shape[-1] != site.size)
+        raise ModelError(f"{site.name} has {site.size} neurons, and {site.module} shows a tensor {shape}")
     if site.time and all(each.ndim <= 2 and each.shape == steps[0].shape for each in steps):
         return Seen(torch.stack(steps, dim=steps[0].ndim - 1))
     if len(captured) == 1:
         return captured[0]
-    if any(seen.place is not None for seen in captured):
+    if any(seen.place is not None for seen in captured) or min(each.ndim for each in steps) < 3:
         raise ModelError(
             f"{site.name}: one forward pass calls the module {site.module} {len(captured)} times: which call is "
             "meant cannot be said"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,11 +64,17 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
+def is_uninitialised(root: nn.Module) -> bool:
+    """Whether lazy layers wait for a first call to learn their sizes: made-up inputs would settle them for good."""
+    tensors = itertools.chain(root.parameters(), root.buffers())
+    return any(isinstance(each, (nn.UninitializedParameter, nn.UninitializedBuffer)) for each in tensors)
+
+
 def example_inputs(root: nn.Module) -> Example | None:
     """A few made-up tokens (and an image, where one is wanted) for a Hugging Face model; None for others."""
     config = getattr(root, "config", None)
     parameter, device = next(root.parameters(), None), input_device(root)
-    if config is None or parameter is None or device.type == "meta":
+    if config is None or parameter is None or device.type == "meta" or is_uninitialised(root):
         return None
     inputs: dict[str, torch.Tensor] = {}
     text = getattr(config, "text_config", config)
@@ -113,11 +120,9 @@ def tried_images(root: nn.Module) -> tuple[nn.Module, Example] | None:
     A copy, because nobody asked for a forward pass: it may leave something behind in the modules.
     """
     first = next((module for module in root.modules() if is_convolution(module)), None)
-    uninitialised = any(isinstance(each, nn.UninitializedParameter) for each in root.parameters())
-    number = 0 if uninitialised else sum(each.numel() for each in root.parameters())
-    if not isinstance(first, nn.modules.conv._ConvNd) or uninitialised or number > _COPIED_PARAMETERS:
+    if not isinstance(first, nn.modules.conv._ConvNd) or first.weight.device.type == "meta" or is_uninitialised(root):
         return None
-    if first.weight.device.type == "meta":
+    if sum(each.numel() for each in root.parameters()) > _COPIED_PARAMETERS:
         return None
     try:
         copied = copy.deepcopy(root)

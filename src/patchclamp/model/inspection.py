@@ -7,7 +7,7 @@ another one of fitting width reads neurons. Convolutions and recurrent layers ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -50,11 +50,16 @@ class Inspection:
 
 @dataclass
 class Stack:
-    """A list of blocks. Each of `layers` has its parts, as paths relative to the block."""
+    """A list of blocks. Each of `layers` has its parts, as paths relative to the block.
+
+    Attributes:
+        sharing: id of a module that stands in several layers -> these layers.
+    """
 
     name: str
     path: str
     layers: dict[int, BlockParts]
+    sharing: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -66,10 +71,11 @@ class Stack:
         return f"{self.path}.{layer}" if self.path else str(layer)
 
     def alike(self) -> list[list[int]]:
-        """The layers, grouped by how they are built."""
+        """The layers, grouped by how they are built; those that share a module are by themselves."""
         groups: dict[tuple[object, ...], list[int]] = {}
         for layer, parts in self.layers.items():
-            groups.setdefault(parts.paths, []).append(layer)
+            shares = [layers for layers in self.sharing.values() if layer in layers]
+            groups.setdefault((parts.paths, str(shares)), []).append(layer)
         return list(groups.values())
 
 
@@ -83,8 +89,6 @@ def inspect(root: nn.Module) -> Inspection:
         for layer, parts in stack.layers.items():
             for site in _sites_of_block(root, stack, layer, parts):
                 found.sites[site.name] = site
-    for stack in found.stacks:
-        _drop_shared(root, found, stack)
         for layer in sorted(set(range(len(_children(root, stack)))) - set(stack.layers)):
             found.unlisted[f"{stack.prefix}*.{layer}"] = f"{stack.block(layer)} has no MLP, experts or mixer"
         for kind in dict.fromkeys(kind for parts in stack.layers.values() for kind in parts.unlisted):
@@ -107,6 +111,21 @@ def inspect(root: nn.Module) -> Inspection:
     return found
 
 
+def drop_shared(root: nn.Module, found: Inspection) -> None:
+    """Drop the sites of modules that stand in several layers: a hook on such a module sees the calls of all."""
+    for stack in found.stacks:
+        shared: dict[tuple[str, tuple[int, ...]], str] = {}
+        for name, site in found.sites.items():
+            if site.stack == stack.name and site.layer in stack.layers:
+                layers = stack.sharing.get(id(root.get_submodule(site.module)), [])
+                if layers:
+                    shared[name.removeprefix(stack.prefix).partition(".")[0], tuple(layers)] = site.module
+        for (kind, layers), path in shared.items():
+            which = " and ".join(map(str, layers))
+            why = f"layers {which} share {path}: a call of it does not say which is meant"
+            found.drop(stack, kind, list(layers), why)
+
+
 # Stacks and blocks ----------------------------------------------------------------------------------
 
 
@@ -121,12 +140,21 @@ def _stacks(root: nn.Module) -> Iterator[Stack]:
         # Blocks are of one class, but for hybrids, all of whose blocks are blocks.
         one_class = len({type(child) for child in module}) == 1
         if any(parts) if one_class else all(parts) and isinstance(module, nn.ModuleList):
-            candidates.append(Stack("", path, {layer: part for layer, part in enumerate(parts) if part}))
+            layers = {layer: part for layer, part in enumerate(parts) if part}
+            candidates.append(Stack("", path, layers, _sharing(module, layers)))
     for stack in candidates:
         # The innermost list holds the blocks; an outer one (the stages of a vision model) holds lists.
         inner = stack.path + "." if stack.path else ""
         if not any(other.path.startswith(inner) and other is not stack for other in candidates):
             yield stack
+
+
+def _sharing(blocks: nn.ModuleList | nn.Sequential, layers: Iterable[int]) -> dict[int, list[int]]:
+    standing: dict[int, list[int]] = {}
+    for layer in layers:
+        for module in blocks[layer].modules():
+            standing.setdefault(id(module), []).append(layer)
+    return {module: layers for module, layers in standing.items() if len(layers) > 1}
 
 
 def _name_stacks(stacks: list[Stack]) -> list[Stack]:
@@ -165,23 +193,6 @@ def _sites_of_block(root: nn.Module, stack: Stack, layer: int, parts: BlockParts
     if parts.output:
         yield from _mlp_sites(block, stack, layer, parts)
     yield Site(f"{stack.prefix}resid_post.{layer}", "resid_post", tensor="output", **residual)
-
-
-def _drop_shared(root: nn.Module, found: Inspection, stack: Stack) -> None:
-    """Drop the sites of modules that stand in several layers: a hook on such a module sees the calls of all."""
-    layers_of: dict[int, list[int]] = {}
-    for layer in stack.layers:
-        for module in root.get_submodule(stack.block(layer)).modules():
-            layers_of.setdefault(id(module), []).append(layer)
-    shared: dict[tuple[str, tuple[int, ...]], str] = {}
-    for name, site in found.sites.items():
-        if site.stack == stack.name and site.layer in stack.layers:
-            layers = layers_of[id(root.get_submodule(site.module))]
-            if len(layers) > 1:
-                shared[name.removeprefix(stack.prefix).partition(".")[0], tuple(layers)] = site.module
-    for (kind, layers), path in shared.items():
-        which = " and ".join(map(str, layers))
-        found.drop(stack, kind, list(layers), f"layers {which} share {path}: a call of it does not say which is meant")
 
 
 def _mlp_sites(block: nn.Module, stack: Stack, layer: int, parts: BlockParts) -> Iterator[Site]:

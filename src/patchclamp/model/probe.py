@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchclamp.errors import ModelError
 from patchclamp.model.block import BlockParts
 from patchclamp.model.closeness import same
 from patchclamp.model.convolutions import settle_convolutions
-from patchclamp.model.example import Example, example_inputs, run
+from patchclamp.model.example import Example, example_inputs, is_uninitialised, run
 from patchclamp.model.experts import experts_refusal
 from patchclamp.model.hooks import first_tensor, input_tensor, reading
-from patchclamp.model.inspection import Inspection, Stack
+from patchclamp.model.inspection import Inspection, Stack, drop_shared
 from patchclamp.model.modules import is_norm, linear_shape
 from patchclamp.model.site import Site
 
 
 def probe(root: nn.Module, found: Inspection, given: Example | None = None) -> None:
-    """Add `resid_mid` sites and norms to `found`, and drop the sites that a forward pass never reaches.
+    """Add `resid_mid` sites and norms to `found`; drop the sites that a pass never reaches, or reaches as several.
 
     A network that cannot be run on `given`, or on made-up inputs, keeps the sites that inspection found.
     """
@@ -35,6 +36,7 @@ def probe(root: nn.Module, found: Inspection, given: Example | None = None) -> N
     for stack in found.stacks:
         for layers in stack.alike():
             _probe_layers(root, found, stack, layers, example)
+    drop_shared(root, found)
     found.example = settle_convolutions(root, found, example)
 
 
@@ -94,6 +96,8 @@ class _Block:
 
     def call_alone(self) -> None:
         """The block by itself."""
+        if is_uninitialised(self.module):
+            raise ModelError(f"{self.base} has lazy layers, whose sizes a first call settles")
         # Nothing is known of what the network takes; most blocks take `[examples, positions, width]`.
         weight = next(self.root.parameters())
         generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from patchclamp.model.channel_wiring import convolution_wiring
-from patchclamp.model.example import Example, undisturbed
+from patchclamp.model.example import Example, is_uninitialised, undisturbed
 from patchclamp.model.experts import is_fused_experts
 from patchclamp.model.hooks import input_tensor
 from patchclamp.model.modules import is_channel_norm, is_norm, linear_shape
@@ -163,6 +163,8 @@ def _fused_layout(root: nn.Module, site: Site) -> list[tuple[int, int]] | str:
     inputs, _ = linear_shape(projection) or (0, 0)
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
         return f"gate and up are one fused projection ({fused}), whose order could not be tried"
+    if is_uninitialised(parent):
+        return f"gate and up are one fused projection ({fused}), and lazy layers wait for a first call"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, inputs, generator=generator).to(weight)
 
