@@ -192,13 +192,13 @@ def test_a_projection_that_one_block_calls_twice_is_not_listed() -> None:
 
 
 def test_lazy_layers_wait_for_the_first_call_of_their_owner() -> None:
-    lazy = [Block("w1", "w2") for _ in range(2)]
-    for block in lazy:
-        block.act = nn.Sequential(nn.SiLU(), nn.LazyLinear(6))
-    module = nn.Sequential(*lazy)
+    module = nn.Sequential(*[Block("w1", "w2") for _ in range(2)])
+    lazy = [nn.LazyLinear(6) for _ in module]
+    for block, layer in zip(module, lazy, strict=True):
+        setattr(block, "act", nn.Sequential(nn.SiLU(), layer))  # noqa: B010, as it is declared to be another class
     model = pc.load(module)
     assert "could not be tried: ModelError: 0 has lazy layers, whose sizes a first call" in model.explain_sites()
-    assert all(isinstance(block.act[1].weight, nn.UninitializedParameter) for block in lazy)
+    assert all(isinstance(layer.weight, nn.UninitializedParameter) for layer in lazy)
     assert model.activations(torch.randn(3, 4), "mlp.1").shape == (3, 6)
 
 

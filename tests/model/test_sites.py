@@ -317,9 +317,9 @@ def test_a_module_that_one_pass_calls_for_several_layers_is_not_read() -> None:
 
 def test_a_block_that_shows_something_else_than_its_neurons_is_not_read() -> None:
     class Narrowing(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert x.ndim == 2  # what made-up inputs are not
-            return super().forward(x)[..., :2]
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            assert input.ndim == 2  # what made-up inputs are not
+            return super().forward(input)[..., :2]
 
     model = pc.load(nn.Sequential(Narrowing(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))))
     with pytest.raises(pc.errors.ModelError, match=r"resid_post\.0 has 3 neurons, and 0 shows a tensor \[7, 2\]"):
