@@ -18,6 +18,8 @@ import torch
 from patchclamp.errors import DataError, unknown
 from patchclamp.model.site import Site
 from patchclamp.recording.batch import Batch, Calibration, Setting
+from patchclamp.recording.fused import Fused, available
+from patchclamp.recording.pass_rows import PassRows
 from patchclamp.recording.stream import Read, finite_rows
 from patchclamp.recording.summaries import Summary
 
@@ -90,6 +92,29 @@ class Accumulation:
         self.counts: dict[str, int] = {}
         self.passed: dict[str, int] = {}
         self.nonfinite: dict[str, dict[str, int]] = {}
+        self._fused: dict[str, Fused] = {}
+        self._learned: dict[str, frozenset[str]] = {}
+
+    def take_early(self, site: Site, values: torch.Tensor, rows: PassRows) -> bool:
+        """Learn what compiled loops can of a site while the forward pass goes on; `take` is then given the rest.
+
+        Args:
+            site: the site.
+            values: [positions, size], all positions of the pass.
+            rows: which of them count.
+
+        Returns:
+            Whether nothing else is wanted of this site, so that `take` need not be given a batch of it.
+        """
+        if site.name not in self.summaries or not available():
+            return False
+        if site.name not in self._fused:
+            self._fused[site.name] = Fused(self.summaries[site.name])
+        fused = self._fused[site.name]
+        if not fused.names or not fused.take(values, rows):
+            return False
+        self._learned[site.name] = fused.names
+        return len(fused.names) == len(self.summaries[site.name]) and not self.plan.wanted
 
     def take(self, read: Read) -> None:
         """Take in what one forward pass showed.
@@ -98,16 +123,24 @@ class Accumulation:
             DataError: a summary cannot be kept at a site, or pairs sites that do not have the same rows.
         """
         for site in self.plan.sites:
-            whole = self._with_others(site, read.batches)
-            batch, found = finite_rows(whole)
-            if site.name not in self.summaries:
-                self._start(site, whole)
-            for kind, number in found.items():
-                self.nonfinite[site.name][kind] += number
-            for accumulator in self.summaries[site.name].values():
+            learned = self._learned.pop(site.name, frozenset())
+            passed = read.passed[site.name]
+            count = self._take(site, read.batches, learned) if site.name in read.batches else passed
+            self.counts[site.name] += count
+            self.passed[site.name] += passed
+
+    def _take(self, site: Site, batches: Mapping[str, Batch], learned: frozenset[str]) -> int:
+        """Show a batch to the summaries that have not learned it yet; gives the number of rows that they hold."""
+        whole = self._with_others(site, batches)
+        batch, found = finite_rows(whole)
+        if site.name not in self.summaries:
+            self._start(site, whole)
+        for kind, number in found.items():
+            self.nonfinite[site.name][kind] += number
+        for name, accumulator in self.summaries[site.name].items():
+            if name not in learned:
                 accumulator.update(batch)
-            self.counts[site.name] += len(batch)
-            self.passed[site.name] += read.passed[site.name]
+        return len(batch)
 
     def merge(self, other: Accumulation) -> None:
         """Take in what another one has seen, of other examples.
@@ -164,6 +197,7 @@ class Accumulation:
         Raises:
             DataError: it does not fit the plan.
         """
+        self._fused = {}
         states: dict[str, dict[str, dict[str, np.ndarray]]] = {}
         for key, array in arrays.items():
             site, name, inner = key.split("\n")

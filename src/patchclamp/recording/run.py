@@ -78,7 +78,10 @@ class Run:
         held = Accumulation(self.plan, self._limit() - (expected or 0), self.scratch)
         writers: dict[str, ActivationWriter] = {}
         with progress_bar("recording", self.corpus.tokens, show=show) as bar:
-            for read in stream(self.model, self.corpus, self.sites, self.corpus.batches(self.batch_tokens)):
+            batches = self.corpus.batches(self.batch_tokens)
+            # Whoever wants every activation wants them as batches.
+            taker = held.take_early if folder is None else None
+            for read in stream(self.model, self.corpus, self.sites, batches, taker):
                 first = not held.summaries
                 held.take(read)
                 if folder is not None:
