@@ -106,15 +106,18 @@ class Accumulation:
         Returns:
             Whether nothing else is wanted of this site, so that `take` need not be given a batch of it.
         """
-        if site.name not in self.summaries or not available():
+        if self.plan.wanted or not available():  # what pairs sites wants them at the same time
             return False
+        if site.name not in self.summaries:
+            setting = self.plan.setting(site, values.shape[1], values.dtype)
+            self._start(site, setting, rows.rows.token is not None)
         if site.name not in self._fused:
             self._fused[site.name] = Fused(self.summaries[site.name])
         fused = self._fused[site.name]
         if not fused.names or not fused.take(values, rows):
             return False
         self._learned[site.name] = fused.names
-        return len(fused.names) == len(self.summaries[site.name]) and not self.plan.wanted
+        return len(fused.names) == len(self.summaries[site.name])
 
     def take(self, read: Read) -> None:
         """Take in what one forward pass showed.
@@ -134,7 +137,9 @@ class Accumulation:
         whole = self._with_others(site, batches)
         batch, found = finite_rows(whole)
         if site.name not in self.summaries:
-            self._start(site, whole)
+            setting = self.plan.setting(site, whole.size, whole.values.dtype)
+            sizes = {**setting.sizes, **{name: values.shape[1] for name, values in whole.others.items()}}
+            self._start(site, replace(setting, grid=whole.grid, sizes=sizes), whole.token is not None)
         for kind, number in found.items():
             self.nonfinite[site.name][kind] += number
         for name, accumulator in self.summaries[site.name].items():
@@ -228,11 +233,8 @@ class Accumulation:
                 )
         return replace(whole, others={name: batches[name].values for name in wanted}) if wanted else whole
 
-    def _start(self, site: Site, first: Batch) -> None:
-        setting = self.plan.setting(site, first.size, first.values.dtype)
-        sizes = {**setting.sizes, **{name: values.shape[1] for name, values in first.others.items()}}
-        setting = replace(setting, grid=first.grid, sizes=sizes)
-        usable = self.plan.usable(first.token is not None)
+    def _start(self, site: Site, setting: Setting, has_tokens: bool) -> None:
+        usable = self.plan.usable(has_tokens)
         if not usable:
             names = ", ".join(type(each).__name__ for each in self.plan.templates.values())
             raise DataError(

@@ -22,8 +22,8 @@ _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 GROUP_ROWS = 32
 
-_POSITION_BITS = 31
-_POSITION_MASK = (1 << _POSITION_BITS) - 1
+POSITION_BITS = 31
+_POSITION_MASK = (1 << POSITION_BITS) - 1
 _LARGEST_EXAMPLE = (1 << 32) - 1
 
 
@@ -221,17 +221,17 @@ def ranks_of(example: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     if example.device.type == "cpu" and len(example):
         _check_range("example", example, _LARGEST_EXAMPLE)
         _check_range("position", position, _POSITION_MASK)
-    return (example << _POSITION_BITS) | position
+    return (example << POSITION_BITS) | position
 
 
 def example_of(rank: torch.Tensor) -> torch.Tensor:
     """The example ids, int64, that `Batch.rank` was made of."""
-    return rank >> _POSITION_BITS
+    return rank >> POSITION_BITS
 
 
 def unpack_rank(rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The example ids and the positions, int64 each, that `Batch.rank` was made of."""
-    return rank >> _POSITION_BITS, rank & _POSITION_MASK
+    return rank >> POSITION_BITS, rank & _POSITION_MASK
 
 
 def _check_range(name: str, column: torch.Tensor, largest: int) -> None:

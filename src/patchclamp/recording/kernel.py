@@ -56,6 +56,8 @@ def sweep(
     tile = np.empty((_TILE, width), values.dtype)
     tile_low, tile_high = np.empty(width, values.dtype), np.empty(width, values.dtype)
     some_fired = np.zeros((number, width), np.int32)
+    # What must be reached to enter the largest values, side by side: one look at each column for every tile.
+    bar = top[first:last, -1].copy() if top.shape[1] else tile_high
     for start in range(0, len(rows), _TILE):
         height = min(_TILE, len(rows) - start)
         _gather(values, rows, start, height, first, tile)
@@ -63,13 +65,11 @@ def sweep(
         _extremes(tile, height, tile_low, tile_high)
         if not _all_finite(sums[first:last]):
             return False
-        for column in range(width):
-            low[first + column] = min(low[first + column], tile_low[column])
-            high[first + column] = max(high[first + column], tile_high[column])
+        _widen(low[first:last], high[first:last], tile_low, tile_high)
         for each in range(number):
             _count_above(tile, height, thresholds[each, first:last], some_fired[each])
         if top.shape[1]:
-            _insert(tile, height, rank, start, tile_high, top[first:last], top_rank[first:last])
+            _insert(tile, height, rank, start, tile_high, bar, top[first:last], top_rank[first:last])
     for each in range(number):
         for column in range(width):
             fired[each, first + column] += some_fired[each, column]
@@ -159,9 +159,10 @@ def count_groups(
 @_compiled
 def _gather(values: np.ndarray, rows: np.ndarray, start: int, height: int, first: int, tile: np.ndarray) -> None:
     for row in range(height):
-        source = rows[start + row]
+        # A view, because the compiler does not use wide registers where an index might be negative.
+        line = values[rows[start + row], first : first + tile.shape[1]]
         for column in range(tile.shape[1]):
-            tile[row, column] = values[source, first + column]
+            tile[row, column] = line[column]
 
 
 @_compiled
@@ -198,6 +199,13 @@ def _extremes(tile: np.ndarray, height: int, low: np.ndarray, high: np.ndarray) 
 
 
 @_compiled
+def _widen(low: np.ndarray, high: np.ndarray, tile_low: np.ndarray, tile_high: np.ndarray) -> None:
+    for column in range(len(low)):
+        low[column] = tile_low[column] if tile_low[column] < low[column] else low[column]
+        high[column] = tile_high[column] if tile_high[column] > high[column] else high[column]
+
+
+@_compiled
 def _count_above(tile: np.ndarray, height: int, threshold: np.ndarray, fired: np.ndarray) -> None:
     whole = height - height % 4
     for row in range(0, whole, 4):
@@ -226,12 +234,13 @@ def _insert(
     rank: np.ndarray,
     start: int,
     high: np.ndarray,
+    bar: np.ndarray,
     top: np.ndarray,
     top_rank: np.ndarray,
 ) -> None:
     end = top.shape[1] - 1
     for column in range(tile.shape[1]):
-        if high[column] < top[column, end]:  # almost always
+        if high[column] < bar[column]:  # almost always
             continue
         for row in range(height):
             # Adding zero turns -0.0 into 0.0: which of the two was seen must not depend on the order.
@@ -245,6 +254,7 @@ def _insert(
                 slot -= 1
             top[column, slot] = value
             top_rank[column, slot] = place
+        bar[column] = top[column, end]
 
 
 @_compiled

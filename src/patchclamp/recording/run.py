@@ -81,12 +81,11 @@ class Run:
             batches = self.corpus.batches(self.batch_tokens)
             # Whoever wants every activation wants them as batches.
             taker = held.take_early if folder is None else None
-            for read in stream(self.model, self.corpus, self.sites, batches, taker):
-                first = not held.summaries
+            for number, read in enumerate(stream(self.model, self.corpus, self.sites, batches, taker)):
                 held.take(read)
                 if folder is not None:
                     _write(writers, folder, read)
-                if first:  # sizes and grids may have become known only now
+                if not number:  # sizes and grids may have become known only now
                     self._check_memory(held.held_bytes())
                 bar.advance(read.tokens)
         for writer in writers.values():

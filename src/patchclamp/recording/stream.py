@@ -62,7 +62,7 @@ def stream(
         corpus: the data.
         sites: which sites are read.
         batches: ids of the examples of each pass.
-        taker: takes what it can of the second pass and later ones at once; a `Read` has the rest.
+        taker: takes what it can while a pass is running; a `Read` has the rest.
 
     Raises:
         SiteNotReached: a forward pass never called a site's module.
@@ -74,7 +74,7 @@ def stream(
     stops = False
     for number, examples in enumerate(batches):
         forward = corpus.forward(examples)
-        under_way = _Pass(sites, forward, corpus, taker if number else None, stops)
+        under_way = _Pass(sites, forward, corpus, taker, stops)
         with suppress(_Enough), model.evaluating(), torch.no_grad(), tapped(model.module, under_way.taps()):
             module(*forward.arguments, **forward.keywords, **quiet)
         read = under_way.read()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from patchclamp.errors import UnknownName
+from patchclamp.recording.batch import POSITION_BITS, unpack_rank
 from patchclamp.recording.corpus import Corpus
 
 CONTEXT = 32
@@ -41,9 +42,8 @@ class Windows:
 
         `decoder` takes what the decoder of an encoder-decoder model reads.
         """
-        pairs = [np.stack([e.reshape(-1), p.reshape(-1)]).astype(np.int64) for e, p in places]
-        both = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.int64)
-        both = np.unique(both[:, both[0] >= 0], axis=1)
+        ranks = [np.unique((e[e >= 0].astype(np.int64) << POSITION_BITS) | p[e >= 0]) for e, p in places]
+        both = np.stack(unpack_rank(np.unique(np.concatenate(ranks)) if ranks else np.zeros(0, np.int64)))
         examples: list[int] = []
         starts: list[int] = []
         ids: list[np.ndarray] = []
