@@ -54,6 +54,7 @@ class Fused:
     def __init__(self, summaries: Mapping[str, Summary]) -> None:
         self.names = frozenset(name for name, each in summaries.items() if _fits(each))
         self._summaries: dict[str, Any] = {name: summaries[name] for name in self.names}
+        self._before: list[np.ndarray] = []
 
     def take(self, values: torch.Tensor, rows: PassRows) -> bool:
         """Take in what a pass shows.
@@ -102,10 +103,13 @@ class Fused:
         low, high = np.full(size, np.inf, values.dtype), np.full(size, -np.inf, values.dtype)
         fired = np.zeros((len(thresholds), size), np.int64)
         kept = [np.empty((size, 0), values.dtype), np.empty((size, 0), np.int64)]
-        if top is not None:  # copies: a later row may be no number, and then nothing is taken
-            kept = [top.array("values"), top.array("rank")]
+        if top is not None:
+            kept = [top.tensors["values"].numpy(), top.tensors["rank"].numpy()]
+        self._remember(kept)
         arguments = (shift, sums, squares, low, high, thresholds, fired, *kept)
         if not all(_in_threads(size, sweep, (values, rows.flat, rows.rank), arguments)):
+            for each, before in zip(kept, self._before, strict=True):
+                each[:] = before
             return False
         if moments is not None:
             moments.join(len(rows), *_moments(len(rows), shift, sums, squares))
@@ -113,9 +117,14 @@ class Fused:
             rate.count_up(len(rows), torch.from_numpy(fired.T))
         if extremes is not None:
             extremes.join(torch.from_numpy(low), torch.from_numpy(high))
-        if top is not None:
-            top.tensors |= {"values": torch.from_numpy(kept[0]), "rank": torch.from_numpy(kept[1])}
         return True
+
+    def _remember(self, kept: list[np.ndarray]) -> None:
+        """Keep what is written in place: a later row may be no number, and then nothing is to be taken."""
+        if [each.shape for each in self._before] != [each.shape for each in kept]:
+            self._before = [np.empty_like(each) for each in kept]
+        for before, each in zip(self._before, kept, strict=True):
+            before[:] = each
 
 
 def _fits(summary: Summary) -> bool:

@@ -116,13 +116,9 @@ class Windows:
 
 
 def _stretches(positions: np.ndarray, length: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for position in positions.tolist():
-        start, stop = max(0, position - CONTEXT), min(length, position + CONTEXT + 1)
-        if start >= stop:
-            continue
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], stop)
-        else:
-            found.append((start, stop))
-    return found
+    """Start and stop of what is around the positions, which ascend; what touches is one."""
+    positions = positions[positions < length + CONTEXT]
+    starts, stops = (positions - CONTEXT).clip(min=0), (positions + CONTEXT + 1).clip(max=length)
+    apart = np.flatnonzero(starts[1:] > stops[:-1]) + 1
+    first, last = np.append(0, apart), np.append(apart, len(positions)) - 1
+    return list(zip(starts[first].tolist(), stops[last].tolist(), strict=True)) if len(positions) else []
