@@ -18,7 +18,7 @@ import torch
 from patchclamp.errors import DataError, unknown
 from patchclamp.model.site import Site
 from patchclamp.recording.batch import Batch, Calibration, Setting
-from patchclamp.recording.fused import Fused, available
+from patchclamp.recording.fused import Fused
 from patchclamp.recording.pass_rows import PassRows
 from patchclamp.recording.stream import Read, finite_rows
 from patchclamp.recording.summaries import Summary
@@ -106,7 +106,7 @@ class Accumulation:
         Returns:
             Whether nothing else is wanted of this site, so that `take` need not be given a batch of it.
         """
-        if self.plan.wanted or not available():  # what pairs sites wants them at the same time
+        if self.plan.wanted:  # what pairs sites wants them, and their sizes, at the same time
             return False
         if site.name not in self.summaries:
             setting = self.plan.setting(site, values.shape[1], values.dtype)

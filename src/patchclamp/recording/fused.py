@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchclamp.errors import warn
 from patchclamp.recording.folds import FOLDS
 from patchclamp.recording.pass_rows import PassRows
 from patchclamp.recording.summaries import ByLabel, ByToken, FiringRate, MinMax, Moments, Summary, TopExamples
@@ -34,10 +34,7 @@ def available() -> bool:
     """Whether the loops can be had; says once where they cannot."""
     if importlib.util.find_spec("numba") is not None:
         return True
-    warnings.warn(
-        "recording is slower than it could be: the compiled loops need numba (pip install 'patchclamp[fast]')",
-        stacklevel=2,
-    )
+    warn("recording is slower than it could be: its compiled loops need numba (pip install 'patchclamp[fast]')")
     return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchclamp.errors import DataError
+from patchclamp.errors import DataError, warn
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
@@ -21,6 +20,7 @@ from patchclamp.recording.accumulation import Accumulation, Plan
 from patchclamp.recording.activation_store import ActivationWriter, opened_activations
 from patchclamp.recording.batch import Batch, Calibration, Setting
 from patchclamp.recording.corpus import Corpus, TextCorpus
+from patchclamp.recording.fused import available
 from patchclamp.recording.recording import Recording, SiteRecording
 from patchclamp.recording.stream import Read, finite_rows, stream
 from patchclamp.recording.summaries import ByLabel, ByToken, Histogram, MinMax, Summary
@@ -68,7 +68,7 @@ class Run:
             owner: lives as long as these activations can be read.
         """
         if any(module.training for module in self.model.module.modules()):
-            _warn("the model is in training mode; it is recorded in evaluation mode")
+            warn("the model is in training mode; it is recorded in evaluation mode")
         expected = self._expected_bytes()
         if show:
             self._announce(expected)
@@ -76,11 +76,11 @@ class Run:
         if any(each.relative for each in self.templates.values()):
             self.calibrate(show)
         held = Accumulation(self.plan, self._limit() - (expected or 0), self.scratch)
+        # Whoever wants every activation wants them as batches.
+        taker = held.take_early if folder is None and available() else None
         writers: dict[str, ActivationWriter] = {}
         with progress_bar("recording", self.corpus.tokens, show=show) as bar:
             batches = self.corpus.batches(self.batch_tokens)
-            # Whoever wants every activation wants them as batches.
-            taker = held.take_early if folder is None else None
             for number, read in enumerate(stream(self.model, self.corpus, self.sites, batches, taker)):
                 held.take(read)
                 if folder is not None:
@@ -169,7 +169,7 @@ class Run:
             kept = None if folder is None else opened_activations(folder, site.name, owner=owner)
             found = held.nonfinite[site.name]
             if found["rows"]:
-                _warn(
+                warn(
                     f"{site.name}: {found['nan']} activations are NaN and {found['infinite']} infinite; "
                     f"{found['rows']} of {found['rows'] + count} rows were left out of its summaries"
                 )
@@ -250,14 +250,6 @@ def _by_token(name: str, parameters: Mapping[str, Any]) -> Iterator[Mapping[str,
     elif name == ByLabel.name:
         for each in parameters["of"]:
             yield from _by_token(each["summary"], each["parameters"])
-
-
-def _warn(message: str) -> None:
-    """Warn, and blame the user's line: the first one outside this package."""
-    frame, level = sys._getframe(1), 3
-    while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").split(".")[0] == "patchclamp":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
 
 
 def _megabytes(number: int) -> str:

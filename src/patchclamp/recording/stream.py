@@ -155,9 +155,6 @@ def _stoppable(module: nn.Module, sites: Sequence[Site]) -> bool:
     """Whether nobody would miss the end of a forward pass: no hooks of others, nothing that wraps the call."""
     if any(site.through != "module" for site in sites):
         return False
-    config = getattr(module, "config", None)
-    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
-        return False
     return not any(
         each._forward_hooks or each._forward_pre_hooks or hasattr(each, "_hf_hook") or isinstance(each, nn.DataParallel)
         for each in module.modules()
