@@ -208,16 +208,16 @@ def test_a_recording_is_what_the_model_did(loops: list[int], dtype: torch.dtype)
     for name in recording:
         alone = [model.activations(text, name)[1:-1].double().numpy() for text in texts]
         rows, site = np.concatenate(alone), recording[name]
-        rough = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+        rough, near = (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
         assert site.count == len(rows) == site.moments.count == site.histogram.counts.sum(1)[0]
-        np.testing.assert_allclose(site.moments.mean, rows.mean(0), **rough)
-        np.testing.assert_allclose(site.min_max.max, rows.max(0), **rough)
-        np.testing.assert_allclose(site.top_examples.values, -np.sort(-rows, axis=0)[:4].T, **rough)
+        np.testing.assert_allclose(site.moments.mean, rows.mean(0), rough, near)
+        np.testing.assert_allclose(site.min_max.max, rows.max(0), rough, near)
+        np.testing.assert_allclose(site.top_examples.values, -np.sort(-rows, axis=0)[:4].T, rough, near)
         for kind in ("code", "prose"):
             of_kind = np.concatenate([each for each, label in zip(alone, kinds, strict=True) if label == kind])
             group = site.by_label.of("kind", kind)
             assert group.count == len(of_kind)
-            np.testing.assert_allclose(group.moments.variance, of_kind.var(0), **rough)
+            np.testing.assert_allclose(group.moments.variance, of_kind.var(0), rough, near)
 
 
 def test_rows_that_are_no_numbers_are_counted_and_left_out(loops: list[int]) -> None:
