@@ -19,6 +19,7 @@ from patchclamp.progress import progress as progress_bar
 from patchclamp.recording.accumulation import Accumulation, Plan
 from patchclamp.recording.activation_store import ActivationWriter, opened_activations
 from patchclamp.recording.batch import Batch, Calibration, Setting
+from patchclamp.recording.checkpoint import Checkpoints, Done
 from patchclamp.recording.corpus import Corpus, TextCorpus
 from patchclamp.recording.fused import available
 from patchclamp.recording.recording import Recording, SiteRecording
@@ -27,6 +28,8 @@ from patchclamp.recording.summaries import ByLabel, ByToken, Histogram, MinMax, 
 from patchclamp.recording.windows import Windows
 
 _CALIBRATION_TOKENS = 16_384
+# What waits to be written among the arrays of a checkpoint; no site is called so.
+_WAITING = "\nwaiting\n"
 
 
 @dataclass
@@ -59,13 +62,16 @@ class Run:
         labels = {name: tuple(each) for name, each in self.corpus.labels.items()}
         self.plan = Plan(self.sites, self.templates, tokens, labels, self.corpus.examples)
 
-    def go(self, show: bool, folder: Path | None = None, owner: object = None) -> Recording:
+    def go(
+        self, show: bool, folder: Path | None = None, owner: object = None, checkpoints: Checkpoints | None = None
+    ) -> Recording:
         """Run the model over the data and give the recording.
 
         Args:
             show: draw progress bars.
             folder: write every activation there.
             owner: lives as long as these activations can be read.
+            checkpoints: where to go on from, and to write down what was done.
         """
         if any(module.training for module in self.model.module.modules()):
             warn("the model is in training mode; it is recorded in evaluation mode")
@@ -73,21 +79,32 @@ class Run:
         if show:
             self._announce(expected)
         self._check_memory(expected)
-        if any(each.relative for each in self.templates.values()):
+        done = None if checkpoints is None else checkpoints.found()
+        if done is None and any(each.relative for each in self.templates.values()):
             self.calibrate(show)
         held = Accumulation(self.plan, self._limit() - (expected or 0), self.scratch)
         # Whoever wants every activation wants them as batches.
         taker = held.take_early if folder is None and available() else None
         writers: dict[str, ActivationWriter] = {}
+        batches, first = self.corpus.batches(self.batch_tokens), 0
+        if done is not None:  # what is relative was settled before, and the summaries bring it
+            first, writers = done.batches, _taken_up(done, folder)
+            held.restore(done.arrays, done.accumulated)
+            if show:
+                print(f"going on after batch {first} of {len(batches)}", file=sys.stderr)
         with progress_bar("recording", self.corpus.tokens, show=show) as bar:
-            batches = self.corpus.batches(self.batch_tokens)
-            for number, read in enumerate(stream(self.model, self.corpus, self.sites, batches, taker)):
+            tokens = self.corpus.counted if isinstance(self.corpus, TextCorpus) else self.corpus.lengths
+            bar.advance(int(sum(tokens[each].sum() for each in batches[:first])))
+            reads = stream(self.model, self.corpus, self.sites, batches[first:], taker)
+            for number, read in enumerate(reads, start=first + 1):
                 held.take(read)
                 if folder is not None:
                     _write(writers, folder, read)
-                if not number:  # sizes and grids may have become known only now
+                if number == first + 1:  # sizes and grids may have become known only now
                     self._check_memory(held.held_bytes())
                 bar.advance(read.tokens)
+                if checkpoints is not None and number < len(batches) and checkpoints.due():
+                    _write_down(checkpoints, number, held, writers)
         for writer in writers.values():
             writer.close()
         return self.finish(held, folder, owner)
@@ -227,6 +244,27 @@ class _QuantileOrZero:
 
     def __call__(self, q: float) -> np.ndarray:
         return np.nan_to_num(self.histogram.quantile(q))
+
+
+def _write_down(
+    checkpoints: Checkpoints, batches: int, held: Accumulation, writers: Mapping[str, ActivationWriter]
+) -> None:
+    arrays, accumulated = held.state()
+    waiting = {
+        f"{_WAITING}{site}\n{name}": rows for site, each in writers.items() for name, rows in each.waiting().items()
+    }
+    checkpoints.write(batches, arrays | waiting, accumulated, {site: each.rows() for site, each in writers.items()})
+
+
+def _taken_up(done: Done, folder: Path | None) -> dict[str, ActivationWriter]:
+    """The writers as they were at a checkpoint; takes what waited out of its arrays."""
+    waiting: dict[str, dict[str, np.ndarray]] = {}
+    for key in [key for key in done.arrays if key.startswith(_WAITING)]:
+        site, name = key.removeprefix(_WAITING).split("\n")
+        waiting.setdefault(site, {})[name] = done.arrays.pop(key)
+    if folder is None:
+        return {}
+    return {site: ActivationWriter.taken_up(folder, site, rows, waiting[site]) for site, rows in done.stored.items()}
 
 
 def _write(writers: dict[str, ActivationWriter], folder: Path, read: Read) -> None:
