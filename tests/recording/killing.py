@@ -36,7 +36,10 @@ _TIMES = ("created", "manifest_sha256")
 def main(folder: Path, kills: int, seed: int) -> None:
     """Kill `kills` times; see the module."""
     torch.set_num_threads(1)
-    model = pc.load(tiny.bert(), tokenizer=tiny.tokenizer())
+    module = tiny.bert()
+    with torch.no_grad():  # one word is no number, and rows are left out for it
+        module.get_parameter("embeddings.word_embeddings.weight")[-1] = torch.nan
+    model = pc.load(module, tokenizer=tiny.tokenizer())
     texts = tiny.texts(TEXTS, seed=seed)
     data = pc.Texts(texts, labels={"kind": ["even" if len(each) % 2 == 0 else "odd" for each in texts]})
     assert model.sites
