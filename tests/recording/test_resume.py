@@ -130,6 +130,14 @@ def test_an_error_says_that_what_was_done_is_kept(
             assert np.array_equal(left.values[:], right.values[:]) and np.array_equal(left.token[:], right.token[:])
 
 
+def test_work_that_was_left_beside_a_whole_store_goes(tmp_path: Path) -> None:
+    recorded(model_of(), tiny.texts(), "mlp.*", [pc.Moments()], store=tmp_path / "store")
+    (tmp_path / ".store.partial").mkdir()
+    (tmp_path / ".store.partial" / "checkpoint-3.safetensors").write_bytes(b"x")
+    recorded(model_of(), tiny.texts(), "mlp.*", [pc.Moments()], store=tmp_path / "store")
+    assert [each.name for each in tmp_path.iterdir()] == ["store"]
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path, often: None) -> None:
     failing(THIRD_BATCH, RuntimeError("stopped"), tmp_path / "store")
     Fails.at, Fails.seen = 0, 0

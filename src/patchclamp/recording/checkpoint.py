@@ -163,7 +163,7 @@ def checkpoints(target: Path, facts: Mapping[str, Any], batch_tokens: int) -> It
     Raises:
         StoreError: another process records into this store, or nothing can be written there.
     """
-    folder = target.parent / f".{target.name}.partial"
+    folder = _folder_of(target)
     parameters = {**facts["parameters"], "batch_tokens": batch_tokens}
     with _held(folder, target):
         work = Checkpoints(folder, {**facts, "parameters": parameters})
@@ -178,6 +178,17 @@ def checkpoints(target: Path, facts: Mapping[str, Any], batch_tokens: int) -> It
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(target: Path) -> None:
+    """Remove the work that a process left which was killed between making its store whole and removing it."""
+    if _folder_of(target).exists():
+        with suppress(StoreError), _held(_folder_of(target), target):
+            shutil.rmtree(_folder_of(target), ignore_errors=True)
+
+
+def _folder_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from patchclamp.model.load import load
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
-from patchclamp.recording.checkpoint import checkpoints
+from patchclamp.recording.checkpoint import checkpoints, clear
 from patchclamp.recording.corpus import Reading, TensorCorpus, TextCorpus, tokenize
 from patchclamp.recording.facts import differences, facts_of
 from patchclamp.recording.image_corpus import ImageCorpus
@@ -129,6 +129,7 @@ def record(
     if target is None:
         return _kept_in_memory(run, activations, progress)
     if (found := _found(target, run.facts)) is not None:
+        clear(target)
         return found
     for name, each in run.templates.items():
         Summary.from_parameters(name, each.parameters())  # what could not be opened again is refused now
