@@ -33,14 +33,15 @@ def counting(site: str = "mlp.0") -> tuple[pc.Model, Counting]:
     return pc.load(module.eval(), tokenizer=tiny.tokenizer()), counter
 
 
-@pytest.mark.parametrize(("site", "calls"), [("mlp.*", 1), ("mlp.0", 1), ("resid_post.1", 4)])
+@pytest.mark.parametrize(("site", "calls"), [("mlp.*", 1), ("mlp.0", 1), ("resid_post.1", 5)])
 def test_what_comes_after_the_last_site_is_computed_once(site: str, calls: int) -> None:
     model, counter = counting()
     assert model.sites
     counter.calls = 0
     texts = [" ".join(tiny.WORDS[:5])] * 8
     stopped = recorded(model, texts, site, [pc.Moments(), pc.Histogram()], batch_tokens=14)
-    assert counter.calls == calls  # of 4 passes
+    assert counter.calls == calls  # of 4 passes and that of one example
+    assert recorded(model, texts[:3], site, [pc.Moments()]) is not None and counter.calls == calls + 1
     whole = recorded(model, texts, [site, "resid_post.1"], [pc.Moments(), pc.Histogram()], batch_tokens=14)
     for name in stopped:
         assert stopped[name].moments.mean.tobytes() == whole[name].moments.mean.tobytes()

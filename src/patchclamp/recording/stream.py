@@ -40,6 +40,8 @@ class Read:
     tokens: int
 
 
+_FEW = 8
+
 # Shown a site, what all positions of a pass did there [positions, size], and which of them count, it says whether it
 # has taken all that it wants of them. It is asked while the pass is still running.
 Taker = Callable[[Site, torch.Tensor, PassRows], bool]
@@ -55,7 +57,7 @@ def stream(
     """One `Read` per batch of examples. A batch is given only when all its sites have been read.
 
     Hooks and evaluation mode last for one forward pass: whatever becomes of the caller, none is left behind. What
-    comes after the last of the sites is not computed, once a whole pass has shown that each is reached once.
+    comes after the last of the sites is not computed, if a whole pass of one example shows that each is reached once.
 
     Args:
         model: the model.
@@ -71,16 +73,20 @@ def stream(
     model.check_weights()
     module = _module(model, corpus)
     quiet = {"use_cache": False} if accepts(module, "use_cache") else {}
-    stops = False
-    for number, examples in enumerate(batches):
+
+    def run(examples: np.ndarray, taker: Taker | None, stops: bool) -> _Pass:
         forward = corpus.forward(examples)
         under_way = _Pass(sites, forward, corpus, taker, stops)
         with suppress(_Enough), model.evaluating(), torch.no_grad(), tapped(model.module, under_way.taps()):
             module(*forward.arguments, **forward.keywords, **quiet)
-        read = under_way.read()
-        if not number:
-            stops = all(calls == 1 for calls in under_way.calls.values()) and _stoppable(module, sites)
-        yield read
+        return under_way
+
+    stops = False
+    if _worth_a_trial(batches) and _stoppable(module, sites):
+        # Of the longest example, as a block that computes its MLP in pieces makes most of them for it.
+        stops = all(calls == 1 for calls in run(batches[0][:1], None, False).calls.values())
+    for examples in batches:
+        yield run(examples, taker, stops).read()
 
 
 class _Enough(Exception):
@@ -149,6 +155,11 @@ class _Pass:
         if id(rows) not in self._rows:
             self._rows[id(rows)] = PassRows(rows, self._forward.examples, self._corpus.codes, self._corpus.folds)
         return self._rows[id(rows)]
+
+
+def _worth_a_trial(batches: Sequence[np.ndarray]) -> bool:
+    """Whether there is so much to read that one example more does not matter."""
+    return len(batches) > 1 or (len(batches) == 1 and len(batches[0]) > _FEW)
 
 
 def _stoppable(module: nn.Module, sites: Sequence[Site]) -> bool:
