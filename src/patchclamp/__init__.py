@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from patchclamp.recording import FractionOfMaximum as FractionOfMaximum
     from patchclamp.recording import Histogram as Histogram
     from patchclamp.recording import MinMax as MinMax
+    from patchclamp.recording import ModelCorrelation as ModelCorrelation
     from patchclamp.recording import Moments as Moments
     from patchclamp.recording import NGrams as NGrams
     from patchclamp.recording import OwnQuantile as OwnQuantile
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from patchclamp.recording import RecordingSeries as RecordingSeries
     from patchclamp.recording import Summary as Summary
     from patchclamp.recording import TopExamples as TopExamples
+    from patchclamp.recording import correlate as correlate
     from patchclamp.recording import record as record
     from patchclamp.recording import record_over as record_over
 
@@ -75,6 +77,7 @@ _HOME = {
     "Images": "patchclamp.data",
     "MinMax": "patchclamp.recording",
     "Model": "patchclamp.model",
+    "ModelCorrelation": "patchclamp.recording",
     "Moments": "patchclamp.recording",
     "NGrams": "patchclamp.recording",
     "NeuronCard": "patchclamp.atlas",
@@ -91,6 +94,7 @@ _HOME = {
     "ablate": "patchclamp.intervene",
     "clamp": "patchclamp.intervene",
     "corpora": "patchclamp.data.corpora",
+    "correlate": "patchclamp.recording",
     "errors": "patchclamp.errors",
     "find": "patchclamp.find",
     "load": "patchclamp.model",

@@ -1,4 +1,4 @@
-"""Every error that patchclamp raises on purpose.
+"""Every error that patchclamp raises on purpose, and how it warns.
 
 Each names the offending thing and, where there is one, the nearest right one. All are
 `PatchclampError`; each is also the built-in exception that a Python user would expect.
@@ -7,6 +7,8 @@ Each names the offending thing and, where there is one, the nearest right one. A
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -57,3 +59,11 @@ def unknown(what: str, name: object, known: Iterable[object], hint: str = "") ->
     else:
         shown = "There are none"
     return UnknownName(f"no {what} is called {str(name)!r}. {shown}." + (f" {hint}" if hint else ""))
+
+
+def warn(message: str) -> None:
+    """Warn, and blame the user's line: the first one outside this package."""
+    frame, level = sys._getframe(1), 3
+    while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").split(".")[0] == "patchclamp":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

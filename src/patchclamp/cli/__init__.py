@@ -1,4 +1,4 @@
-"""The command line: `patchclamp atlas`, `patchclamp neuron`, `patchclamp sites`, `patchclamp explore`.
+"""The command line: `patchclamp atlas`, `neuron`, `sites`, `explore`, `doctor`.
 
 Each command imports what it needs when it runs, so that `patchclamp --help` starts at once, and
 looking at an atlas loads neither torch nor transformers.
@@ -141,6 +141,19 @@ def explore(
     from patchclamp.explore import serve
 
     serve(Atlas.open(folder), host, port, open_browser=not no_open, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A recording, an atlas, or a series of them.", show_default=False)
+    ],
+) -> None:
+    """Say what of a store is damaged, and what can still be read; exits with 1 where something is."""
+    from patchclamp.cli.doctor import show
+
+    if not show(folder):
+        raise typer.Exit(1)
 
 
 def _load(model: str) -> Any:

@@ -70,11 +70,16 @@ def joined(site: Site, captured: Sequence[Seen]) -> Seen:
     if len(captured) == 1:
         return captured[0]
     if any(seen.place is not None for seen in captured) or min(each.ndim for each in steps) < 3:
-        raise ModelError(
-            f"{site.name}: one forward pass calls the module {site.module} {len(captured)} times: which call is "
-            "meant cannot be said"
-        )
+        raise ModelError(several_calls(site, len(captured)))
     return Seen(torch.cat(steps, dim=1))
+
+
+def several_calls(site: Site, number: int) -> str:
+    """Why a site whose module one pass calls so often is not read."""
+    return (
+        f"{site.name}: one forward pass calls the module {site.module} {number} times: which call is meant cannot be "
+        "said"
+    )
 
 
 def labelled(site: Site, seen: Seen, strings: list[str] | None) -> Activations:

@@ -39,14 +39,19 @@ def reading(root: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[S
 
     def keep(site: Site) -> Tap:
         def see(seen: Seen) -> torch.Tensor:
-            shared = site.through == "module" and site.kind not in _ENTERING
-            captured[site.name].append(seen._replace(tensor=seen.tensor.clone()) if shared else seen)
+            captured[site.name].append(kept(site, seen))
             return seen.tensor
 
         return Tap(site, see, writes=False)
 
     with tapped(root, [keep(site) for site in sites]):
         yield captured
+
+
+def kept(site: Site, seen: Seen) -> Seen:
+    """What a site shows, to be kept while the network goes on: a copy, where it may write into the tensor."""
+    shared = site.through == "module" and site.kind not in _ENTERING
+    return seen._replace(tensor=seen.tensor.clone()) if shared else seen
 
 
 @contextmanager

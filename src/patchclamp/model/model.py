@@ -190,7 +190,7 @@ class Model:
         found = readout_of(self.module, self.sites, self._example)
         if isinstance(found, str):
             raise ModelError(f"{self.name} ({type(self.module).__name__}) has no readout: {found}")
-        return found
+        return replace(found, _model=self)
 
     @property
     def tied_weights(self) -> list[tuple[str, ...]]:

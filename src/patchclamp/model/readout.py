@@ -9,7 +9,7 @@ made like this is refused with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from patchclamp.model.hooks import first_tensor, input_tensor
 from patchclamp.model.modules import is_norm, linear_shape
 from patchclamp.model.norms import LinearPart, linear_part
 from patchclamp.model.site import Site
+from patchclamp.model.top_tokens import TopTokens, Written, top_tokens, written_by
 from patchclamp.model.weights import is_quantised, projection_weights
 
 _ROWS_AT_ONCE = 16_384
@@ -53,6 +54,7 @@ class Readout:
     scale: float
     softcap: float | None
     _parts: _Parts = field(repr=False)
+    _model: Any = field(default=None, repr=False)  # whose sites `top_tokens` knows
 
     @property
     def linear_part(self) -> LinearPart:
@@ -84,14 +86,82 @@ class Readout:
         Raises:
             DataError: `weights` are of another width.
         """
+        made = self._folded(weights)
+        blocks = self._parts.matrix.split(_ROWS_AT_ONCE)
+        return torch.cat([made @ block.to(made).T for block in blocks], dim=-1)
+
+    def top_tokens(
+        self,
+        of: str | Site | Iterable[str | Site] | torch.Tensor = "mlp.*",
+        k: int = 10,
+        *,
+        bottom: bool = False,
+        dtype: torch.dtype | None = None,
+        memory: int = 1 << 28,
+        progress: bool = True,
+    ) -> TopTokens:
+        """The tokens that neurons promote most: the largest of their `directions`, for any number of neurons.
+
+        A few neurons are multiplied at a time, into one buffer; only the best k of each are kept. A norm between
+        a neuron and the residual stream (Gemma 2) is folded in; in a network that normalises sums, those of later
+        blocks are not.
+
+        Args:
+            of: sites, by name or glob, whose neurons write into the residual stream; or vectors `[n, d]`.
+            k: how many tokens; all where the vocabulary is smaller.
+            bottom: also give the tokens that are suppressed most.
+            dtype: what is multiplied. None for float32. torch.bfloat16 where there is a GPU, whose ids then are
+                those of rounded logits.
+            memory: most bytes of the buffer. Beside it there is a copy of the unembedding, if its weights are of
+                another type or order.
+            progress: draw a progress bar, if there are many neurons.
+
+        Returns:
+            A `TopTokens`: `ids` and `values`, `[neurons, k]` each; `found["mlp.3"]` is one site. Of equal values the
+            smaller id comes first.
+
+        Raises:
+            UnknownName: no such site.
+            ModelError: the neurons of a site have no output weights of their own, or they are quantised.
+            DataError: k or `memory` below 1; vectors of another width; neurons that write into another stream; NaN
+                among the weights; bfloat16 on a processor.
+        """
+        device = self._parts.matrix.device
+        for name, number in {"k": k, "memory": memory}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise DataError(f"top_tokens: {name} is a whole number >= 1, not {number!r}")
+        dtype = torch.float32 if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64) and device.type == "cpu":
+            raise DataError(
+                f"top_tokens: {dtype} is for a GPU; a processor multiplies it many times slower than float32"
+            )
+        if isinstance(of, torch.Tensor):
+            self._check(of)
+            written = [Written("", of.detach().reshape(-1, of.shape[-1]))]
+        elif self._model is None:
+            raise DataError("this readout knows no sites: use model.readout, or give vectors [n, d]")
+        else:
+            written = written_by(self._model, of, self.residual)
+        with torch.no_grad():
+            return top_tokens(
+                written,
+                self._folded,
+                self._parts.matrix,
+                k,
+                bottom=bottom,
+                dtype=dtype,
+                memory=memory,
+                show=progress,
+            )
+
+    def _folded(self, weights: torch.Tensor) -> torch.Tensor:
+        """`[n, d]` -> what is to be multiplied by the unembedding, `[n, width]`, float32 or wider."""
         self._check(weights)
-        parts = self._parts
         wide = torch.promote_types(weights.dtype, torch.float32)
-        made = self.linear_part(weights.detach().to(parts.matrix.device, wide))
-        for matrix, _ in parts.between:
+        made = self.linear_part(weights.detach().to(self._parts.matrix.device, wide))
+        for matrix, _ in self._parts.between:
             made = made @ matrix.to(made)
-        blocks = parts.matrix.split(_ROWS_AT_ONCE)
-        return torch.cat([made @ block.to(made).T for block in blocks], dim=-1) * self.scale
+        return made * self.scale
 
     @cached_property
     def weight(self) -> torch.Tensor:

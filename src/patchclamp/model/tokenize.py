@@ -107,14 +107,14 @@ class TokenReader:
 
     def strings(self, ids: Sequence[int]) -> list[str]:
         """Each token as it reads in a text; joined, they give the text back (up to the tokenizer's own losses)."""
-        return [self.display(token) for token in self._tokenizer.convert_ids_to_tokens([int(each) for each in ids])]
+        special = frozenset(self._tokenizer.all_special_tokens)
+        tokens = self._tokenizer.convert_ids_to_tokens([int(each) for each in ids])
+        return [token if token in special else self.display(token) for token in tokens]
 
     def display(self, token: str | None) -> str:
-        """One raw token (`##ing`, `Ġthe`, `▁the`, `<0x0A>`) as text."""
+        """One raw token that is not special (`##ing`, `Ġthe`, `▁the`, `<0x0A>`) as text."""
         if token is None:
             return "�"
-        if token in self._tokenizer.all_special_tokens:
-            return token
         if self._is_wordpiece:
             return token[2:] if token.startswith("##") and len(token) > 2 else f" {token}"
         if token.startswith("<0x") and token.endswith(">") and len(token) == 6:

@@ -1,7 +1,9 @@
 """Record what neurons do over a data set: one streaming pass, mergeable summaries."""
 
 from patchclamp.recording.batch import Batch, Calibration, Setting
+from patchclamp.recording.correlate import correlate
 from patchclamp.recording.folds import fold_of
+from patchclamp.recording.model_correlation import ModelCorrelation
 from patchclamp.recording.record import default_summaries, record
 from patchclamp.recording.record_over import record_over
 from patchclamp.recording.recording import Recording, SiteRecording, StoredActivations
@@ -39,6 +41,7 @@ __all__ = [
     "FractionOfMaximum",
     "Histogram",
     "MinMax",
+    "ModelCorrelation",
     "Moments",
     "NGrams",
     "OwnQuantile",
@@ -52,6 +55,7 @@ __all__ = [
     "Summary",
     "TopExamples",
     "Window",
+    "correlate",
     "default_summaries",
     "fold_of",
     "record",

@@ -5,7 +5,7 @@ Each chunk carries its own checksum, so that a damaged one is noticed when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -107,6 +107,31 @@ class ActivationWriter:
             name: column(name, _INDEX_ROWS, dtype="int64", compressors=compressors, fill_value=-1) for name in _INDICES
         }
 
+    @classmethod
+    def taken_up(
+        cls, folder: Path, site: str, rows: Mapping[str, int], waiting: Mapping[str, np.ndarray]
+    ) -> ActivationWriter:
+        """The writer that had these `rows()` and this `waiting()`; what was written after them is written over."""
+        import zarr
+
+        writer = cls.__new__(cls)
+        group: Any = zarr.open_group(zarr_group(folder, site), mode="r+")
+        columns = {}
+        for name in ("values", *_INDICES):
+            array = group[name]
+            array.resize((rows[name], *array.shape[1:]))
+            columns[name] = _Column(array, array.chunks[0], [waiting[name]] if len(waiting[name]) else [])
+        writer._values, writer._indices = columns["values"], {name: columns[name] for name in _INDICES}
+        return writer
+
+    def rows(self) -> dict[str, int]:
+        """Array -> how many of its rows are on disk."""
+        return {name: column.rows for name, column in self._columns().items()}
+
+    def waiting(self) -> dict[str, np.ndarray]:
+        """Array -> the rows that wait for a chunk to be full."""
+        return {name: column.waiting() for name, column in self._columns().items()}
+
     def write(self, batch: Batch) -> None:
         """Add the rows of a batch."""
         # A copy: the tensor belongs to the model and may be written over by the next pass.
@@ -117,16 +142,28 @@ class ActivationWriter:
 
     def close(self) -> None:
         """Write what waits."""
-        for column in (self._values, *self._indices.values()):
+        for column in self._columns().values():
             column.flush(whole=False)
+
+    def _columns(self) -> dict[str, _Column]:
+        return {"values": self._values, **self._indices}
 
 
 class _Column:
     """One array on disk, and the rows that wait until they fill a chunk."""
 
-    def __init__(self, array: Any, chunk: int) -> None:
+    def __init__(self, array: Any, chunk: int, waiting: Sequence[np.ndarray] = ()) -> None:
         self._array, self._chunk = array, chunk
-        self._waiting: list[np.ndarray] = []
+        self._waiting = list(waiting)
+
+    @property
+    def rows(self) -> int:
+        return self._array.shape[0]
+
+    def waiting(self) -> np.ndarray:
+        if not self._waiting:
+            return np.empty((0, *self._array.shape[1:]), self._array.dtype)
+        return np.concatenate(self._waiting)
 
     def add(self, rows: np.ndarray) -> None:
         self._waiting.append(rows)

@@ -22,8 +22,8 @@ _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 GROUP_ROWS = 32
 
-_POSITION_BITS = 31
-_POSITION_MASK = (1 << _POSITION_BITS) - 1
+POSITION_BITS = 31
+_POSITION_MASK = (1 << POSITION_BITS) - 1
 _LARGEST_EXAMPLE = (1 << 32) - 1
 
 
@@ -151,10 +151,7 @@ class Batch:
     @cached_property
     def rank(self) -> torch.Tensor:
         """[rows] int64: orders rows by example, then by position. `unpack_rank` gives both back."""
-        if self.values.device.type == "cpu" and len(self):
-            self._check_range("example", self.example, _LARGEST_EXAMPLE)
-            self._check_range("position", self.position, _POSITION_MASK)
-        return (self.example << _POSITION_BITS) | self.position
+        return ranks_of(self.example, self.position)
 
     @cached_property
     def folds(self) -> torch.Tensor:
@@ -214,17 +211,30 @@ class Batch:
             row.append(start[:, None] + place)
         return torch.cat(found), torch.cat(row)
 
-    def _check_range(self, name: str, column: torch.Tensor, largest: int) -> None:
-        low, high = (int(each) for each in torch.aminmax(column))
-        if low < 0 or high > largest:
-            raise DataError(f"{name} must be in 0 ... {largest}; this batch has {low if low < 0 else high}")
+
+def ranks_of(example: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """[rows] int64: orders rows by example, then by position. `unpack_rank` gives both back.
+
+    Raises:
+        DataError: an example or a position is out of range (looked at on the processor only).
+    """
+    if example.device.type == "cpu" and len(example):
+        _check_range("example", example, _LARGEST_EXAMPLE)
+        _check_range("position", position, _POSITION_MASK)
+    return (example << POSITION_BITS) | position
 
 
 def example_of(rank: torch.Tensor) -> torch.Tensor:
     """The example ids, int64, that `Batch.rank` was made of."""
-    return rank >> _POSITION_BITS
+    return rank >> POSITION_BITS
 
 
 def unpack_rank(rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The example ids and the positions, int64 each, that `Batch.rank` was made of."""
-    return rank >> _POSITION_BITS, rank & _POSITION_MASK
+    return rank >> POSITION_BITS, rank & _POSITION_MASK
+
+
+def _check_range(name: str, column: torch.Tensor, largest: int) -> None:
+    low, high = (int(each) for each in torch.aminmax(column))
+    if low < 0 or high > largest:
+        raise DataError(f"{name} must be in 0 ... {largest}; this batch has {low if low < 0 else high}")

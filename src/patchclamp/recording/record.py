@@ -17,6 +17,7 @@ from patchclamp.model.load import load
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
+from patchclamp.recording.checkpoint import checkpoints, clear
 from patchclamp.recording.corpus import Reading, TensorCorpus, TextCorpus, tokenize
 from patchclamp.recording.facts import differences, facts_of
 from patchclamp.recording.image_corpus import ImageCorpus
@@ -68,7 +69,8 @@ def record(
         summaries: what to keep. None keeps `Moments`, `FiringRate` (above 0, and above half of the neuron's
             maximum), `MinMax`, `Histogram`, `TopExamples(20)`, `ByToken`, and `ByLabel` for every label of the data.
         store: a folder to save the recording in. If a recording of the same model, data and parameters is
-            there already, it is opened instead.
+            there already, it is opened instead; if one was begun and did not end, it goes on from its last
+            checkpoint, and the result is the same to the last bit.
         activations: also write every activation to Zarr v3 (in `store`, else in a temporary folder that goes
             with the recording): 4 bytes a neuron and token.
         max_length: longest text in tokens, special ones included; longer ones are cut. Default: the smaller of
@@ -100,7 +102,8 @@ def record(
         ModelError: the model reads no texts, which row of a site's tensor is whose cannot be said, token labels
             with a slow tokenizer, conversations without a chat template, or packing where texts would see each other.
         SiteNotReached: a forward pass never reached a site.
-        StoreError: the store cannot be written, or holds a recording of something else (which is said).
+        StoreError: the store cannot be written, another process records into it, or it holds a recording, whole or
+            begun, of something else (which is said).
     """
     model = model if isinstance(model, Model) else load(model)
     target = None if store is None else Path(store).expanduser().absolute()
@@ -126,13 +129,16 @@ def record(
     if target is None:
         return _kept_in_memory(run, activations, progress)
     if (found := _found(target, run.facts)) is not None:
+        clear(target)
         return found
     for name, each in run.templates.items():
         Summary.from_parameters(name, each.parameters())  # what could not be opened again is refused now
     # Beside the store, because all activations may be more than the folder for temporary files can take.
-    with temporary_folder(target) as folder:
-        run.scratch = folder
-        run.go(progress, folder if activations else None).save(target)
+    with checkpoints(target, run.facts, batch_tokens) as work:
+        if (found := _found(target, run.facts)) is not None:  # another process may just have ended
+            return found
+        run.scratch = work.folder
+        run.go(progress, work.activations if activations else None, checkpoints=work).save(target)
     return Recording.open(target)
 
 

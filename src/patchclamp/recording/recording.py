@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from patchclamp.errors import DamagedStore, DataError, PatchclampError, UnknownName, unknown
+from patchclamp.errors import DamagedStore, DataError, PatchclampError, StoreError, UnknownName, unknown
 from patchclamp.model.site import Site
 from patchclamp.neurons import Neurons
 from patchclamp.recording.activation_store import StoredActivations, opened_activations
@@ -195,8 +195,13 @@ class Recording:
         Raises:
             StoreError: the folder cannot be written, or something else is there.
         """
+        from safetensors import SafetensorError
+
         with new_folder(path, "recording") as folder:
-            self._write(folder)
+            try:
+                self._write(folder)
+            except (OSError, SafetensorError) as error:
+                raise StoreError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
         self.path = Path(path).expanduser().absolute()
 
     @classmethod

@@ -15,10 +15,12 @@ import numpy as np
 from patchclamp.errors import DamagedStore, StoreError, unknown
 from patchclamp.neurons import Neurons
 from patchclamp.recording.recording import Recording
+from patchclamp.storage import seal_of
 
 INDEX = "series.json"
 FORMAT = "patchclamp series"
 FORMAT_VERSION = 1
+_SEAL = "series_sha256"
 
 
 class RecordingSeries(Mapping[str, Recording]):
@@ -154,13 +156,13 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / INDEX
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StoreError(f"cannot read {file}: {error.strerror or error}") from error
     try:
-        index = json.loads(text)
+        index = json.loads(content)
     except ValueError as error:
         raise DamagedStore(f"{file} is damaged: {error}") from error
     said = index.get("format") if isinstance(index, dict) else None
@@ -171,6 +173,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise StoreError(f"{file} has format version {version!r}; this patchclamp reads up to {FORMAT_VERSION}")
     if wrong := [key for key, check in _WANTED.items() if not check(index[key])]:
         raise DamagedStore(f"{file} is damaged: {wrong[0]!r} is not what it should be")
+    if index.get(_SEAL) != seal_of(index, _SEAL):
+        raise DamagedStore(f"{file} is damaged: its content is not what was written (checksum differs)")
     return index
 
 
@@ -183,6 +187,7 @@ def write_index(folder: Path, content: Mapping[str, Any]) -> None:
     file = folder / INDEX
     part = file.with_name(f".{INDEX}.part")
     index = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+    index[_SEAL] = seal_of(index, _SEAL)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")

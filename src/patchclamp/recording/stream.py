@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from patchclamp.errors import ModelError
-from patchclamp.model.hooks import reading
+from patchclamp.model.activations import several_calls
+from patchclamp.model.hooks import kept, tapped
 from patchclamp.model.model import Model, joined
 from patchclamp.model.signature import accepts
 from patchclamp.model.site import Site
-from patchclamp.model.taps import Seen
+from patchclamp.model.taps import Seen, Tap
 from patchclamp.recording.batch import Batch
 from patchclamp.recording.corpus import Corpus, Forward, Rows, TextCorpus
 from patchclamp.recording.image_corpus import ImageCorpus, tower
+from patchclamp.recording.pass_rows import PassRows
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Read:
     """What one forward pass showed: a batch per site, all rows that count, finite or not.
 
     Attributes:
-        batches: site -> batch.
+        batches: site -> batch; without the sites of which a taker has taken all.
         passed: site -> how many positions that count went by; more than the rows of the batch for an expert,
             to which only some are routed.
         tokens: how many tokens of the pass count.
@@ -36,10 +40,31 @@ class Read:
     tokens: int
 
 
-def stream(model: Model, corpus: Corpus, sites: Sequence[Site], batches: Sequence[np.ndarray]) -> Iterator[Read]:
+_FEW = 8
+
+# Shown a site, what all positions of a pass did there [positions, size], and which of them count, it says whether it
+# has taken all that it wants of them. It is asked while the pass is still running.
+Taker = Callable[[Site, torch.Tensor, PassRows], bool]
+
+
+def stream(
+    model: Model,
+    corpus: Corpus,
+    sites: Sequence[Site],
+    batches: Sequence[np.ndarray],
+    taker: Taker | None = None,
+) -> Iterator[Read]:
     """One `Read` per batch of examples. A batch is given only when all its sites have been read.
 
-    Hooks and evaluation mode last for one forward pass: whatever becomes of the caller, none is left behind.
+    Hooks and evaluation mode last for one forward pass: whatever becomes of the caller, none is left behind. What
+    comes after the last of the sites is not computed, if a whole pass of one example shows that each is reached once.
+
+    Args:
+        model: the model.
+        corpus: the data.
+        sites: which sites are read.
+        batches: ids of the examples of each pass.
+        taker: takes what it can while a pass is running; a `Read` has the rest.
 
     Raises:
         SiteNotReached: a forward pass never called a site's module.
@@ -48,13 +73,103 @@ def stream(model: Model, corpus: Corpus, sites: Sequence[Site], batches: Sequenc
     model.check_weights()
     module = _module(model, corpus)
     quiet = {"use_cache": False} if accepts(module, "use_cache") else {}
-    for examples in batches:
+
+    def run(examples: np.ndarray, taker: Taker | None, stops: bool) -> _Pass:
         forward = corpus.forward(examples)
-        with model.evaluating(), torch.no_grad(), reading(model.module, sites) as captured:
+        under_way = _Pass(sites, forward, corpus, taker, stops)
+        with suppress(_Enough), model.evaluating(), torch.no_grad(), tapped(model.module, under_way.taps()):
             module(*forward.arguments, **forward.keywords, **quiet)
-        read = {site.name: _batch(site, captured.pop(site.name), forward, corpus.codes, corpus.folds) for site in sites}
-        passed = {site.name: forward.tokens if site.kind == "expert" else len(read[site.name]) for site in sites}
-        yield Read(read, passed, forward.tokens)
+        return under_way
+
+    stops = False
+    if _worth_a_trial(batches) and _stoppable(module, sites):
+        # Of the longest example, as a block that computes its MLP in pieces makes most of them for it.
+        stops = all(calls == 1 for calls in run(batches[0][:1], None, False).calls.values())
+    for examples in batches:
+        yield run(examples, taker, stops).read()
+
+
+class _Enough(Exception):
+    """Every site has been read: ends a forward pass."""
+
+
+class _Pass:
+    """One forward pass under way, and what its sites have shown."""
+
+    def __init__(
+        self, sites: Sequence[Site], forward: Forward, corpus: Corpus, taker: Taker | None, stops: bool
+    ) -> None:
+        self._sites, self._forward, self._corpus = sites, forward, corpus
+        self._taker, self._missing = taker, {site.name for site in sites} if stops else set()
+        self._stops = stops
+        self._rows: dict[int, PassRows] = {}
+        self._captured: dict[str, list[Seen]] = {site.name: [] for site in sites}
+        self.calls = {site.name: 0 for site in sites}
+        self.taken: set[str] = set()
+
+    def taps(self) -> list[Tap]:
+        """What looks at the sites."""
+        return [Tap(site, partial(self._see, site), writes=False) for site in self._sites]
+
+    def read(self) -> Read:
+        """What the pass showed of every site of which something is left to take."""
+        batches, passed = {}, {}
+        for site in self._sites:
+            if site.name in self.taken:
+                passed[site.name] = len(self._rows_of(site) or ())
+                continue
+            # A batch holds what it needs; the rest of what the pass showed can go.
+            batch = _batch(site, self._captured.pop(site.name), self._forward, self._corpus.codes, self._corpus.folds)
+            batches[site.name] = batch
+            passed[site.name] = self._forward.tokens if site.kind == "expert" else len(batch)
+        return Read(batches, passed, self._forward.tokens)
+
+    def _see(self, site: Site, seen: Seen) -> torch.Tensor:
+        self.calls[site.name] += 1
+        if site.name in self.taken:
+            raise ModelError(several_calls(site, self.calls[site.name]))
+        if self._taker is not None and self.calls[site.name] == 1 and self._take(site, seen, self._taker):
+            self.taken.add(site.name)
+        else:
+            self._captured[site.name].append(kept(site, seen))
+        if self._stops:
+            self._missing.discard(site.name)
+            if not self._missing:
+                raise _Enough
+        return seen.tensor
+
+    def _take(self, site: Site, seen: Seen, taker: Taker) -> bool:
+        rows, tensor = self._rows_of(site), seen.tensor
+        if rows is None or seen.place is not None or site.time or site.kind == "pattern":
+            return False
+        if site.size not in (None, tensor.shape[-1]) or list(tensor.shape[:-1]) != list(rows.rows.shape):
+            return False
+        # Statistics are of float32 or wider, whatever the weights are.
+        tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        return taker(site, tensor.reshape(-1, tensor.shape[-1]), rows)
+
+    def _rows_of(self, site: Site) -> PassRows | None:
+        rows = _rows_of_stack(site, self._forward)
+        if rows is None:
+            return None
+        if id(rows) not in self._rows:
+            self._rows[id(rows)] = PassRows(rows, self._forward.examples, self._corpus.codes, self._corpus.folds)
+        return self._rows[id(rows)]
+
+
+def _worth_a_trial(batches: Sequence[np.ndarray]) -> bool:
+    """Whether there is so much to read that one example more does not matter."""
+    return len(batches) > 1 or (len(batches) == 1 and len(batches[0]) > _FEW)
+
+
+def _stoppable(module: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether nobody would miss the end of a forward pass: no hooks of others, nothing that wraps the call."""
+    if any(site.through != "module" for site in sites):
+        return False
+    return not any(
+        each._forward_hooks or each._forward_pre_hooks or hasattr(each, "_hf_hook") or isinstance(each, nn.DataParallel)
+        for each in module.modules()
+    )
 
 
 def finite_rows(batch: Batch) -> tuple[Batch, dict[str, int]]:
@@ -76,7 +191,7 @@ def finite_rows(batch: Batch) -> tuple[Batch, dict[str, int]]:
 def _batch(
     site: Site, captured: Sequence[Seen], forward: Forward, codes: Mapping[str, np.ndarray], folds: np.ndarray
 ) -> Batch:
-    of_stack = forward.decoder_rows if site.stack == "decoder" and forward.decoder_rows is not None else forward.rows
+    of_stack = _rows_of_stack(site, forward)
     seen = _whole(site, captured, of_stack)
     rows, values, grid = _rows(site, seen, of_stack, forward.examples)
     # Statistics are of float32 or wider, whatever the weights are.
@@ -97,6 +212,11 @@ def _batch(
         grid,
         torch.from_numpy(folds[forward.examples].astype(np.int64))[rows.row].to(device),
     )
+
+
+def _rows_of_stack(site: Site, forward: Forward) -> Rows | None:
+    """The positions of a pass that count, where the site is."""
+    return forward.decoder_rows if site.stack == "decoder" and forward.decoder_rows is not None else forward.rows
 
 
 def _whole(site: Site, captured: Sequence[Seen], rows: Rows | None) -> Seen:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from patchclamp.errors import UnknownName
+from patchclamp.recording.batch import POSITION_BITS, unpack_rank
 from patchclamp.recording.corpus import Corpus
 
 CONTEXT = 32
@@ -41,9 +42,8 @@ class Windows:
 
         `decoder` takes what the decoder of an encoder-decoder model reads.
         """
-        pairs = [np.stack([e.reshape(-1), p.reshape(-1)]).astype(np.int64) for e, p in places]
-        both = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.int64)
-        both = np.unique(both[:, both[0] >= 0], axis=1)
+        ranks = [np.unique((e[e >= 0].astype(np.int64) << POSITION_BITS) | p[e >= 0]) for e, p in places]
+        both = np.stack(unpack_rank(np.unique(np.concatenate(ranks)) if ranks else np.zeros(0, np.int64)))
         examples: list[int] = []
         starts: list[int] = []
         ids: list[np.ndarray] = []
@@ -116,13 +116,9 @@ class Windows:
 
 
 def _stretches(positions: np.ndarray, length: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for position in positions.tolist():
-        start, stop = max(0, position - CONTEXT), min(length, position + CONTEXT + 1)
-        if start >= stop:
-            continue
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], stop)
-        else:
-            found.append((start, stop))
-    return found
+    """Start and stop of what is around the positions, which ascend; what touches is one."""
+    positions = positions[positions < length + CONTEXT]
+    starts, stops = (positions - CONTEXT).clip(min=0), (positions + CONTEXT + 1).clip(max=length)
+    apart = np.flatnonzero(starts[1:] > stops[:-1]) + 1
+    first, last = np.append(0, apart), np.append(apart, len(positions)) - 1
+    return list(zip(starts[first].tolist(), stops[last].tolist(), strict=True)) if len(positions) else []

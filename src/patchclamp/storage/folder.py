@@ -77,7 +77,7 @@ def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> dict[
     }
     files = sorted(each for each in folder.rglob("*") if each.is_file() and each != folder / _MANIFEST)
     manifest["files"] = {each.relative_to(folder).as_posix(): sha256_of_file(each) for each in files}
-    manifest[_SEAL] = _seal(manifest)
+    manifest[_SEAL] = seal_of(manifest)
     temporary = folder / (_MANIFEST + ".part")
     temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     os.replace(temporary, folder / _MANIFEST)
@@ -109,7 +109,7 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise StoreError(
             f"{folder} has format version {version!r}; this patchclamp reads up to {FORMAT_VERSION}: update it"
         )
-    if manifest.get(_SEAL) != _seal(manifest):
+    if manifest.get(_SEAL) != seal_of(manifest):
         raise DamagedStore(f"{file} is damaged: its content is not what was written (checksum differs)")
     return manifest
 
@@ -127,25 +127,39 @@ def verify_files(
     if not isinstance(listed, dict):
         raise DamagedStore(f"{folder / _MANIFEST} is damaged: it lists no files")
     for name, expected in listed.items():
-        file = (folder / name).resolve()
-        if not file.is_relative_to(folder):
+        if not (folder / name).resolve().is_relative_to(folder):
             raise DamagedStore(f"{folder / _MANIFEST} names a file outside the folder: {name}")
-        if not file.is_file():
-            raise DamagedStore(f"{folder / name} is missing")
-        if skip(name):
-            continue
-        try:
-            found = sha256_of_file(file)
-        except OSError as error:
-            raise DamagedStore(f"{folder / name} cannot be read: {error.strerror or error}") from error
-        if found != expected:
-            raise DamagedStore(f"{folder / name} is damaged: its content is not what was written (checksum differs)")
+        if what := damage_of(folder, name, None if skip(name) else expected):
+            raise DamagedStore(f"{folder / name} {what}")
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's content, however it is written, without the seal itself."""
+def damage_of(folder: Path, name: str, expected: str | None) -> str:
+    """What is wrong with a file of a store, as the end of a sentence; empty where it is what was written.
+
+    Args:
+        folder: of the store.
+        name: of the file in it.
+        expected: its SHA-256; None looks only whether it is there.
+    """
+    folder = folder.resolve()
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder):
+        return "is outside the folder: the manifest is not ours"
+    if not file.is_file():
+        return "is missing" + (": a folder is in its place" if file.exists() else "")
+    if expected is None:
+        return ""
+    try:
+        found = sha256_of_file(file)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return "" if found == expected else "is damaged: its content is not what was written (checksum differs)"
+
+
+def seal_of(manifest: Mapping[str, Any], key: str = _SEAL) -> str:
+    """SHA-256 of a manifest's content, however it is written, without the seal itself, which stands under `key`."""
     # There and back, because a tuple or a number as a key is another thing after reading.
-    content = json.loads(json.dumps({key: value for key, value in manifest.items() if key != _SEAL}))
+    content = json.loads(json.dumps({name: value for name, value in manifest.items() if name != key}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -91,6 +91,19 @@ class ByLabel(Summary):
         """[size, categories, thresholds] float64: the firing rate in each category."""
         return np.stack([each.rate for each in self._each(label, FiringRate)], axis=1)
 
+    @property
+    def templates(self) -> Mapping[str, Summary]:
+        """The summaries that are kept of each category, by name."""
+        return self._templates
+
+    def groups(self, label: str) -> Sequence[Mapping[str, Summary]]:
+        """The accumulators of each category, by name."""
+        return self._groups[label]
+
+    def count_up(self, label: str, codes: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take in so many rows of each of these categories; their summaries are shown them by themselves."""
+        self.tensors[_count_name(self.labels.index(label))][codes] += rows
+
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Example and position of what the summaries of all categories show."""
         groups = [group for groups in self._groups.values() for group in groups]

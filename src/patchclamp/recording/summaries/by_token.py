@@ -143,15 +143,10 @@ class ByToken(Summary):
 
     def add(self, batch: Batch) -> None:
         assert batch.token is not None  # `update` has checked it
-        held, threshold = self.tensors, self.tensors["threshold"].to(batch.values.dtype)
-        slots = len(held["tokens"])
-        self._widen(self.count + len(batch))
-        fold = batch.folds
-        held["count"] += torch.bincount(fold, minlength=FOLDS)
+        threshold = self.tensors["threshold"].to(batch.values.dtype)
         # A number for each fold and slot; in each fold, the tokens without a slot share the last.
-        group = fold * (slots + 1) + self._slot(batch.token)
-        occurrences = torch.bincount(group, minlength=FOLDS * (slots + 1))
-        held["occurrences"] += occurrences.view(FOLDS, slots + 1)[:, :-1]
+        group = batch.folds * (len(self.tensors["tokens"]) + 1) + self._slot(batch.token)
+        self.count_up(group, torch.ones_like(group))
         for values, groups in zip(batch.values.split(_ROWS_AT_ONCE), group.split(_ROWS_AT_ONCE), strict=True):
             present, place = torch.unique(groups, return_inverse=True)
             # Summed in float32, which is many times faster than in integers and exact here. One row for
@@ -162,6 +157,20 @@ class ByToken(Summary):
             for block, places in zip(values.split(rows), place.split(rows), strict=True):
                 fired.index_add_(0, places, torch.gt(block, threshold, out=above[: len(block)]))
             self._count(present, fired)
+
+    def count_up(self, group: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in so many rows of each of these groups, `fold * (slots + 1) + slot`; the last slot is that of no slot.
+
+        Returns:
+            `fired` [folds, slots, size] and `fired_total` [folds, size], for their firings to be added to.
+        """
+        held, slots = self.tensors, len(self.tensors["tokens"])
+        self._widen(self.count + int(rows.sum()))
+        occurrences = torch.zeros(FOLDS * (slots + 1), dtype=torch.int64, device=group.device)
+        occurrences = occurrences.index_add_(0, group, rows).view(FOLDS, slots + 1)
+        held["count"] += occurrences.sum(1)
+        held["occurrences"] += occurrences[:, :-1]
+        return held["fired"], held["fired_total"]
 
     def combine(self, other: Self) -> None:
         self._widen(self.count + other.count)

@@ -27,9 +27,11 @@ from patchclamp.recording.summaries.pairs import (
     best_partners,
     checked_block,
     checked_partners,
+    multiplied_in,
     pieces,
     product,
     rows_of,
+    spread,
 )
 from patchclamp.recording.summaries.summary import Summary
 
@@ -126,7 +128,7 @@ class Correlation(Summary):
         if right is not left and not bool(torch.isfinite(right.sum())):
             finite = torch.isfinite(right).all(1)
             left, right = left[finite], right[finite]
-        dtype = _multiplied_in(left.dtype, right.dtype)
+        dtype = multiplied_in(left.dtype, right.dtype)
         for here, there in zip(left.split(_ROWS_AT_ONCE), right.split(_ROWS_AT_ONCE), strict=True):
             if len(here):
                 self._add(_Part(here[:, self._rows], dtype), _Part(there, dtype))
@@ -201,9 +203,8 @@ class Correlation(Summary):
 
     def _spread(self, side: str) -> np.ndarray:
         """Square root of the deviation; NaN for a constant neuron."""
-        spread = np.sqrt(self.array(f"{side}_deviation"))
-        varies = (self.array(f"{side}_min") < self.array(f"{side}_max")) & (spread > 0)
-        return np.where(varies, spread, np.nan)
+        kept = (self.tensors[f"{side}_{name}"].cpu() for name in ("deviation", "min", "max"))
+        return spread(*kept).numpy()
 
 
 class _Part:
@@ -220,12 +221,3 @@ class _Part:
         exponent = torch.frexp(centred.abs().amax(0)).exponent
         self.scale = torch.ldexp(torch.ones_like(self.mean), exponent)
         self.scaled = (centred / self.scale).to(dtype)
-
-
-def _multiplied_in(*given: torch.dtype) -> torch.dtype:
-    """float64 where the values are, and where the user lets torch multiply float32 less exactly."""
-    try:
-        exact = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set for each backend by itself
-        exact = False
-    return torch.float32 if exact and all(each == torch.float32 for each in given) else torch.float64

@@ -89,5 +89,9 @@ class FiringRate(Summary):
         self.tensors["count"] += len(batch)
 
     def combine(self, other: Self) -> None:
-        self.tensors["count"] += other.tensors["count"]
-        self.tensors["fired"] += other.tensors["fired"]
+        self.count_up(other.tensors["count"], other.tensors["fired"])
+
+    def count_up(self, rows: int | torch.Tensor, fired: torch.Tensor) -> None:
+        """Take in so many rows, of which the firings [size, thresholds] are known."""
+        self.tensors["count"] += rows
+        self.tensors["fired"] += fired

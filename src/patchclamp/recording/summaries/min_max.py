@@ -33,12 +33,13 @@ class MinMax(Summary):
         }
 
     def add(self, batch: Batch) -> None:
-        self._join(batch.values.amin(0), batch.group_maximum.amax(0))
+        self.join(batch.values.amin(0), batch.group_maximum.amax(0))
 
     def combine(self, other: Self) -> None:
-        self._join(other.tensors["min"], other.tensors["max"])
+        self.join(other.tensors["min"], other.tensors["max"])
 
-    def _join(self, smallest: torch.Tensor, largest: torch.Tensor) -> None:
+    def join(self, smallest: torch.Tensor, largest: torch.Tensor) -> None:
+        """Take in rows of which the extremes are known, [size] each."""
         held = self.tensors
         dtype = torch.promote_types(held["min"].dtype, smallest.dtype)
         # Adding zero turns -0.0 into 0.0, so that the order of the batches leaves no trace.

@@ -59,13 +59,15 @@ class Moments(Summary):
             centred = wide[: len(block)].copy_(block)
             mean = centred.mean(0)
             centred.sub_(mean).square_()
-            self._join(torch.tensor(len(block), device=mean.device), mean, centred.sum(0))
+            self.join(len(block), mean, centred.sum(0))
 
     def combine(self, other: Self) -> None:
-        self._join(other.tensors["count"], other.tensors["mean"], other.tensors["deviation"])
+        self.join(other.tensors["count"], other.tensors["mean"], other.tensors["deviation"])
 
-    def _join(self, count: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+    def join(self, count: int | torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Take in rows of which these are known: how many, their means and sums of squared deviations, [size]."""
         held = self.tensors
+        count = torch.as_tensor(count, device=mean.device)
         share = count.double() / (held["count"] + count).clamp(min=1)
         difference = mean - held["mean"]
         held["deviation"] += deviation + difference.square() * (held["count"] * share)

@@ -1,4 +1,4 @@
-"""What `CoFiring` and `Correlation` share: a number for every pair of neurons, bounded, and each neuron's partners."""
+"""What `CoFiring`, `Correlation` and `correlate` share: a number for every pair of neurons, and each one's partners."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from patchclamp.errors import DataError
+from patchclamp.model.largest import largest
 from patchclamp.recording.summaries.summary import whole
 
 # All pairs of 16,384 neurons: 1 GiB in int32, 2 GiB in float64.
@@ -78,10 +79,27 @@ def pieces(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`left.T @ right` in the dtype that they have, also where the caller runs under autocast."""
     with torch.autocast(left.device.type, enabled=False):
-        return left.t() @ right
+        return torch.mm(left.t(), right, out=out)
+
+
+def multiplied_in(*given: torch.dtype) -> torch.dtype:
+    """float64 where the values are, and where the user lets torch multiply float32 less exactly."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for each backend by itself
+        exact = False
+    return torch.float32 if exact and all(each == torch.float32 for each in given) else torch.float64
+
+
+def spread(deviation: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The root of a neuron's sum of squared differences from its mean; NaN where it is the same on every row.
+
+    A constant one is known by its extremes: its deviation may be a little above 0 by rounding.
+    """
+    return torch.where((low < high) & (deviation > 0), deviation.clamp(min=0).sqrt(), torch.nan)
 
 
 def best_partners(
@@ -99,13 +117,19 @@ def best_partners(
     others = max(0, columns - (own is not None))
     k = others if k is None else min(k, others)
     indices, scores = np.full((rows, k), -1, dtype=np.int64), np.full((rows, k), np.nan)
-    for part in pieces(rows, columns):
+    for part in pieces(rows, columns) if k else ():
         found = score_of(part)
-        line = np.arange(len(found))
         if own is not None:
+            line = np.arange(len(found))
             found[line, own + part.start + line] = np.nan
-        # NaN is sorted last.
-        order = np.argsort(-np.abs(found), axis=1, kind="stable")[:, :k]
-        best = found[line[:, None], order]
-        indices[part], scores[part] = np.where(np.isnan(best), -1, order), best
+        best = best_of(torch.from_numpy(found), k)
+        indices[part], scores[part] = (each.numpy() for each in best)
     return Partners(indices, scores)
+
+
+def best_of(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k columns of each row with the largest absolute score: indices and scores, as in `Partners`."""
+    # A score that is none comes after all others.
+    size = scores.abs().nan_to_num_(nan=-1.0, posinf=torch.inf)
+    found, index = largest(size, k)
+    return torch.where(found < 0, -1, index), torch.where(found < 0, torch.nan, scores.gather(1, index))
