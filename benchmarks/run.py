@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import record_cost
+import unembedding
 from machine import described
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -19,7 +20,7 @@ Speed is measured as a ratio, side by side in one run, never as a time alone. Th
 
 def main() -> None:
     """Measure, print, write."""
-    sections = [described(), record_cost.main()]
+    sections = [described(), record_cost.main(), unembedding.main()]
     PAGE.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"\nwritten: {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
 
