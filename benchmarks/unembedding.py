@@ -1,8 +1,8 @@
 """Every neuron through the unembedding, against the matrix-product peak of the same run.
 
-A network of GPT-2-small shape with random weights. All is timed that `readout.top_tokens` does: weights, folding the norm, the
-product, the exact choice of the ten best tokens, copying them out. Peak and ours alternate, and each is compared with
-the mean of the peaks just before and just after it.
+A network of GPT-2-small shape with random weights. All is timed that `readout.top_tokens` does: weights, folding the
+norm, the product, the exact choice of the ten best tokens, copying them out. Peak and ours alternate, and each is
+compared with the mean of the peaks just before and just after it.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def _arithmetic(rate: float) -> list[str]:
     faster = needed / PUBLISHED_SECONDS
     return [
         f"For a model of Llama-3.1-8B shape ({neurons:,} neurons, width {width:,}, {vocabulary:,} tokens) that is "
-        f"2 x {neurons:,} x {width:,} x {vocabulary:,} = {needed:.3g} operations: {seconds / 60:,.0f} minutes at the rate "
-        f"that was measured here, by this arithmetic. A published method takes up to {PUBLISHED_SECONDS // 60} minutes, "
-        f"for which {faster / 1e12:.2f} TFLOP/s are enough. Memory: {4 * vocabulary * width / 1e9:.1f} GB for the "
+        f"2 x {neurons:,} x {width:,} x {vocabulary:,} = {needed:.3g} operations: {seconds / 60:,.0f} minutes at the "
+        "rate that was measured here, by this arithmetic. A published method takes up to "
+        f"{PUBLISHED_SECONDS // 60} minutes, for which {faster / 1e12:.2f} TFLOP/s are enough. Memory: {4 * vocabulary * width / 1e9:.1f} GB for the "
         f"unembedding in float32, {4 * rows * stride / 1e9:.2f} GB for {rows} rows of products, "
         f"{neurons * K * 12 / 1e6:.0f} MB for the result; all products at once would be "
         f"{4 * neurons * vocabulary / 1e9:,.0f} GB. It was not run here.",
