@@ -98,7 +98,8 @@ def _arithmetic(rate: float) -> list[str]:
         f"For a model of Llama-3.1-8B shape ({neurons:,} neurons, width {width:,}, {vocabulary:,} tokens) that is "
         f"2 x {neurons:,} x {width:,} x {vocabulary:,} = {needed:.3g} operations: {seconds / 60:,.0f} minutes at the "
         "rate that was measured here, by this arithmetic. A published method takes up to "
-        f"{PUBLISHED_SECONDS // 60} minutes, for which {faster / 1e12:.2f} TFLOP/s are enough. Memory: {4 * vocabulary * width / 1e9:.1f} GB for the "
+        f"{PUBLISHED_SECONDS // 60} minutes, for which {faster / 1e12:.2f} TFLOP/s are enough. "
+        f"Memory: {4 * vocabulary * width / 1e9:.1f} GB for the "
         f"unembedding in float32, {4 * rows * stride / 1e9:.2f} GB for {rows} rows of products, "
         f"{neurons * K * 12 / 1e6:.0f} MB for the result; all products at once would be "
         f"{4 * neurons * vocabulary / 1e9:,.0f} GB. It was not run here.",
