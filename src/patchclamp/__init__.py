@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from patchclamp.recording import NGrams as NGrams
     from patchclamp.recording import OwnQuantile as OwnQuantile
     from patchclamp.recording import Pooled as Pooled
+    from patchclamp.recording import RayCluster as RayCluster
     from patchclamp.recording import Recording as Recording
     from patchclamp.recording import RecordingSeries as RecordingSeries
     from patchclamp.recording import Summary as Summary
@@ -84,6 +85,7 @@ _HOME = {
     "Neurons": "patchclamp.neurons",
     "OwnQuantile": "patchclamp.recording",
     "Pooled": "patchclamp.recording",
+    "RayCluster": "patchclamp.recording",
     "Recording": "patchclamp.recording",
     "RecordingSeries": "patchclamp.recording",
     "Site": "patchclamp.model",

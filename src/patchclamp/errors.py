@@ -44,6 +44,10 @@ class DamagedStore(StoreError):
     """A file of a store is missing, truncated or altered; `path` names it."""
 
 
+class ClusterError(PatchclampError, RuntimeError):
+    """A cluster cannot be reached, or its workers die."""
+
+
 class MissingExtra(PatchclampError, ImportError):
     """An optional dependency is not installed."""
 

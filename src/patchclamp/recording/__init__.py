@@ -1,6 +1,7 @@
 """Record what neurons do over a data set: one streaming pass, mergeable summaries."""
 
 from patchclamp.recording.batch import Batch, Calibration, Setting
+from patchclamp.recording.cluster import RayCluster
 from patchclamp.recording.correlate import correlate
 from patchclamp.recording.folds import fold_of
 from patchclamp.recording.model_correlation import ModelCorrelation
@@ -47,6 +48,7 @@ __all__ = [
     "OwnQuantile",
     "Partners",
     "Pooled",
+    "RayCluster",
     "Recording",
     "RecordingSeries",
     "Setting",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -80,6 +81,25 @@ class ImageCorpus(TensorCorpus):
     def ids(self, example: int, decoder: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Images have no token ids."""
         return np.zeros(0, np.int64), np.zeros(0, bool)
+
+    def shell(self) -> Self:
+        """All but the model: the images are read by whoever reads them, from where they are."""
+        shell = copy.copy(self)
+        for name in ("model", "module"):
+            shell.__dict__.pop(name)
+        return shell
+
+    def part(self, examples: np.ndarray) -> dict[str, Any]:
+        """Nothing: the shell knows where the images are."""
+        return {}
+
+    def filled(self, part: Mapping[str, Any], model: Model) -> Self:
+        """A shell with a model."""
+        filled = copy.copy(self)
+        filled.model, filled.module = model, model.module
+        if accepts(model.module, _PIXELS):
+            filled.module = tower(model.module, _PIXELS, filled._prepared(np.asarray([0])))
+        return filled
 
     def _prepared(self, examples: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         inputs = self.data.inputs(examples, self.model.processor)

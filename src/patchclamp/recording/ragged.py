@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -56,3 +56,24 @@ class Ragged:
         """All values one after the other, in pieces of at most a million."""
         for start in range(0, len(self._values), 1 << 20):
             yield np.asarray(self._values[start : start + (1 << 20)])
+
+    def part(self, indices: Sequence[int] | np.ndarray) -> RaggedPart:
+        """Some of the sequences, in memory."""
+        return RaggedPart(np.asarray(indices, np.int64), [self[int(each)] for each in indices])
+
+
+class RaggedPart:
+    """Some of the sequences of a `Ragged`, under the numbers that they have there; another process can be sent it."""
+
+    def __init__(self, indices: np.ndarray, sequences: Sequence[np.ndarray]) -> None:
+        order = np.argsort(indices, kind="stable")
+        self._indices = indices[order]
+        chosen = [sequences[each] for each in order]
+        self._ends = np.cumsum([len(each) for each in chosen], dtype=np.int64)
+        self._values = np.concatenate([np.zeros(0, np.int32), *chosen])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        place = int(np.searchsorted(self._indices, index))
+        if place == len(self._indices) or self._indices[place] != index:
+            raise KeyError(f"sequence {index} is not in this part")
+        return self._values[int(self._ends[place - 1]) if place else 0 : int(self._ends[place])]

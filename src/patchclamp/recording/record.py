@@ -18,6 +18,7 @@ from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
 from patchclamp.recording.checkpoint import checkpoints, clear
+from patchclamp.recording.cluster import RayCluster
 from patchclamp.recording.corpus import Reading, TensorCorpus, TextCorpus, tokenize
 from patchclamp.recording.facts import differences, facts_of
 from patchclamp.recording.image_corpus import ImageCorpus
@@ -58,6 +59,7 @@ def record(
     overlap: int = 0,
     packing: bool = False,
     memory: int | None = None,
+    cluster: RayCluster | str | None = None,
 ) -> Recording:
     """Run a model over data once and summarise what its neurons do; memory is bounded, however long the data.
 
@@ -91,6 +93,8 @@ def record(
             result. Before anything is recorded it is tried on texts of the data.
         memory: most bytes that the summaries may take; default: 80% of the machine's. What grows with the data
             (`Pooled`) takes what they leave, then a temporary file that goes with the recording.
+        cluster: "ray", the address of a Ray cluster, or a `pc.RayCluster`: the batches are read by its workers. Counts
+            are the same as of one process, other numbers to 1e-6. Not for `activations=True`, nor for `Pooled`.
 
     Returns:
         A `Recording`; `recording["mlp.3"].moments.mean` is `[size]`.
@@ -102,6 +106,8 @@ def record(
         ModelError: the model reads no texts, which row of a site's tensor is whose cannot be said, token labels
             with a slow tokenizer, conversations without a chat template, or packing where texts would see each other.
         SiteNotReached: a forward pass never reached a site.
+        ClusterError: the cluster cannot be reached, or workers die again and again.
+        MissingExtra: a cluster is asked for, and Ray is not installed.
         StoreError: the store cannot be written, another process records into it, or it holds a recording, whole or
             begun, of something else (which is said).
     """
@@ -126,6 +132,9 @@ def record(
         packing=packing,
         memory=memory,
     )
+    run.cluster = RayCluster.of(cluster)
+    if run.cluster is not None:
+        _refuse_on_a_cluster(run, activations)
     if target is None:
         return _kept_in_memory(run, activations, progress)
     if (found := _found(target, run.facts)) is not None:
@@ -210,6 +219,17 @@ def _kept_in_memory(run: Run, activations: bool, progress: bool) -> Recording:
     except BaseException:
         folder.cleanup()
         raise
+
+
+def _refuse_on_a_cluster(run: Run, activations: bool) -> None:
+    if activations:
+        raise DataError(
+            "activations=True writes to a disk of this machine, and a cluster reads on others: leave out cluster="
+        )
+    if large := [type(each).__name__ for each in run.templates.values() if each.large]:
+        raise DataError(
+            f"{large[0]} keeps a row for each example, which no worker has all of: record it without cluster="
+        )
 
 
 def _templates(summaries: Sequence[Summary | type[Summary]] | None, labels: bool, tokens: bool) -> dict[str, Summary]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from patchclamp.recording.accumulation import Accumulation, Plan
 from patchclamp.recording.activation_store import ActivationWriter, opened_activations
 from patchclamp.recording.batch import Batch, Calibration, Setting
 from patchclamp.recording.checkpoint import Checkpoints, Done
+from patchclamp.recording.cluster import RayCluster
 from patchclamp.recording.corpus import Corpus, TextCorpus
 from patchclamp.recording.fused import available
 from patchclamp.recording.recording import Recording, SiteRecording
@@ -45,6 +46,7 @@ class Run:
         facts: what the recording will say of itself.
         memory: most bytes that the summaries may take; None: 80% of the machine's.
         scratch: folder for what grows with the data and finds no room in memory; None: that for temporary files.
+        cluster: where the batches are read; None: in this process.
     """
 
     model: Model
@@ -56,6 +58,7 @@ class Run:
     facts: dict[str, Any]
     memory: int | None = None
     scratch: Path | None = None
+    cluster: RayCluster | None = None
 
     def __post_init__(self) -> None:
         tokens, self.named_tokens = self._slots()
@@ -80,14 +83,13 @@ class Run:
             self._announce(expected)
         self._check_memory(expected)
         done = None if checkpoints is None else checkpoints.found()
-        if done is None and any(each.relative for each in self.templates.values()):
+        # What a checkpoint brings has its thresholds; a worker of a cluster begins with nothing.
+        if (done is None or self.cluster is not None) and any(each.relative for each in self.templates.values()):
             self.calibrate(show)
         held = Accumulation(self.plan, self._limit() - (expected or 0), self.scratch)
-        # Whoever wants every activation wants them as batches.
-        taker = held.take_early if folder is None and available() else None
         writers: dict[str, ActivationWriter] = {}
         batches, first = self.corpus.batches(self.batch_tokens), 0
-        if done is not None:  # what is relative was settled before, and the summaries bring it
+        if done is not None:
             first, writers = done.batches, _taken_up(done, folder)
             held.restore(done.arrays, done.accumulated)
             if show:
@@ -95,19 +97,46 @@ class Run:
         with progress_bar("recording", self.corpus.tokens, show=show) as bar:
             tokens = self.corpus.counted if isinstance(self.corpus, TextCorpus) else self.corpus.lengths
             bar.advance(int(sum(tokens[each].sum() for each in batches[:first])))
-            reads = stream(self.model, self.corpus, self.sites, batches[first:], taker)
-            for number, read in enumerate(reads, start=first + 1):
-                held.take(read)
-                if folder is not None:
-                    _write(writers, folder, read)
-                if number == first + 1:  # sizes and grids may have become known only now
-                    self._check_memory(held.held_bytes())
-                bar.advance(read.tokens)
+            if self.cluster is None:
+                steps = self._here(held, batches, first, writers, folder)
+            else:
+                steps = self._there(held, batches, first, self.cluster)
+            for number, tokens_read in steps:
+                bar.advance(tokens_read)
                 if checkpoints is not None and number < len(batches) and checkpoints.due():
                     _write_down(checkpoints, number, held, writers)
         for writer in writers.values():
             writer.close()
         return self.finish(held, folder, owner)
+
+    def _here(
+        self,
+        held: Accumulation,
+        batches: Sequence[np.ndarray],
+        first: int,
+        writers: dict[str, ActivationWriter],
+        folder: Path | None,
+    ) -> Iterator[tuple[int, int]]:
+        """Read batch by batch in this process; gives how many are done, and the tokens of the last."""
+        # Whoever wants every activation wants them as batches.
+        taker = held.take_early if folder is None and available() else None
+        reads = stream(self.model, self.corpus, self.sites, batches[first:], taker)
+        for number, read in enumerate(reads, start=first + 1):
+            held.take(read)
+            if folder is not None:
+                _write(writers, folder, read)
+            if number == first + 1:  # sizes and grids may have become known only now
+                self._check_memory(held.held_bytes())
+            yield number, read.tokens
+
+    def _there(
+        self, held: Accumulation, batches: Sequence[np.ndarray], first: int, cluster: RayCluster
+    ) -> Iterator[tuple[int, int]]:
+        """The same on a cluster, many batches at a time."""
+        for part in cluster.read(self.model, self.corpus, self.plan, batches, first):
+            held.merge(part.held)
+            self._check_memory(held.held_bytes())
+            yield part.batches, part.tokens
 
     def _slots(self) -> tuple[np.ndarray | None, np.ndarray]:
         """The most frequent tokens, as many as `ByToken` has slots for; and the tokens that it names itself."""

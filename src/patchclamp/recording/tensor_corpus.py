@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ class TensorCorpus:
             codes.add(example.labels)
         self.codes = codes.arrays()
         self.examples = len(data)
+        self._kept: np.ndarray | None = None  # ids of the examples whose tensors are here; None: all
         self.folds = np.asarray([fold_of_content(_bytes_of(each)) for each in data.values], np.uint8)
         self._is_ids = not data.values.is_floating_point() and data.values.ndim == 2
         self._main = getattr(model.module, "main_input_name", None) if hasattr(model.module, "config") else None
@@ -56,7 +59,7 @@ class TensorCorpus:
 
     def forward(self, examples: np.ndarray) -> Forward:
         """The examples as one tensor, on the model's device."""
-        values = self.values[torch.from_numpy(examples)].to(self.model.device)
+        values = self._values_of(examples).to(self.model.device)
         arguments = () if self._main else (values,)
         keywords = {self._main: values} if self._main else {}
         rows = None
@@ -68,6 +71,29 @@ class TensorCorpus:
             rows = counted_rows(PaddedBatch(values.cpu(), mask, position), mask, examples)
             tokens = len(rows.example)
         return Forward(arguments, keywords, examples, rows, rows, tokens)
+
+    def shell(self) -> Self:
+        """All but the tensors and the model: with a `part`, another process can read that part."""
+        shell = copy.copy(self)
+        shell.__dict__.pop("model")
+        shell.values, shell.counts = self.values[:0], self.counts[:0]
+        return shell
+
+    def part(self, examples: np.ndarray) -> dict[str, Any]:
+        """The tensors of these examples."""
+        order = np.sort(examples)
+        return {"rows": order, "values": self.values[torch.from_numpy(order)].cpu().numpy()}
+
+    def filled(self, part: Mapping[str, Any], model: Model) -> Self:
+        """A shell with the tensors of some examples, which can be read now, and no others."""
+        filled = copy.copy(self)
+        filled.model, filled.values = model, torch.from_numpy(np.array(part["values"]))
+        filled._kept = part["rows"]
+        return filled
+
+    def _values_of(self, examples: np.ndarray) -> torch.Tensor:
+        places = examples if self._kept is None else np.searchsorted(self._kept, examples)
+        return self.values[torch.from_numpy(places)]
 
     def ids(self, example: int, decoder: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of one example, where the tensors are ids (else none), and that all of them count."""

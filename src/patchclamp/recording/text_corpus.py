@@ -6,8 +6,9 @@ grow with the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -139,6 +140,36 @@ class TextCorpus:
             return
         for stored in self._ids.pieces():
             yield plain(stored) if self.special_tokens else stored[stored >= 0]
+
+    # Sent to another process -----------------------------------------------------------------------
+
+    def shell(self) -> Self:
+        """All that does not grow with the tokens, and no model: with a `part`, another process can read that part."""
+        shell = copy.copy(self)
+        shell.__dict__.pop("model")
+        shell.__dict__.pop("reader")
+        shell.counts, shell.documents = self.counts[:0], None
+        shell._ids = shell._flags = shell._targets = None  # type: ignore[assignment]
+        shell._token_codes = {}
+        return shell
+
+    def part(self, examples: np.ndarray) -> dict[str, Any]:
+        """What is stored of these examples."""
+        return {
+            "ids": self._ids.part(examples),
+            "flags": None if self._flags is None else self._flags.part(examples),
+            "targets": None if self._targets is None else self._targets.part(examples),
+            "token_codes": {name: codes.part(examples) for name, codes in self._token_codes.items()},
+        }
+
+    def filled(self, part: Mapping[str, Any], model: Model) -> Self:
+        """A shell with what is stored of some examples, which can be read now, and no others."""
+        assert model.reader is not None
+        filled = copy.copy(self)
+        filled.model, filled.reader = model, model.reader
+        filled._ids, filled._flags, filled._targets = part["ids"], part["flags"], part["targets"]
+        filled._token_codes = part["token_codes"]
+        return filled
 
     # Packed -----------------------------------------------------------------------------------------
 
