@@ -18,7 +18,7 @@ from patchclamp.atlas import searching, sql
 from patchclamp.atlas.card import NeuronCard
 from patchclamp.errors import DamagedStore, UnknownName, unknown
 from patchclamp.neurons import Neuron, Neurons
-from patchclamp.storage import read_manifest, verify_files
+from patchclamp.storage import OpenedStore, opened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,14 +42,15 @@ class Atlas:
     """What is known of the neurons of one model, in a folder. Make one with `Atlas.open` or `Atlas.build`.
 
     Attributes:
-        path: the folder.
+        path: the folder with its tables.
         manifest: what the folder says of itself: model, data, labels, sites, versions, and the
             SHA-256 of every file.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any], store: OpenedStore | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self._store = store  # what was fetched from an object store goes with it
 
     @classmethod
     def build(cls, model: Any, data: Any, path: str | os.PathLike[str], **options: Any) -> Atlas:
@@ -66,22 +67,20 @@ class Atlas:
         """Open the atlas in the folder `path`.
 
         Args:
-            path: the folder.
+            path: the folder, or the place in an object store (`s3://bucket/name`), from where the tables are
+                copied into a temporary folder.
             verify: compare the tables with their checksums, so that a damaged file is named now
                 and not met later. Of the recording inside only the presence of its files is checked.
 
         Raises:
-            StoreError: there is no atlas, or it is of a newer format.
+            StoreError: there is no atlas, it cannot be read, or it is of a newer format.
             DamagedStore: a file is missing, altered or unreadable; the message names it.
         """
-        folder = Path(path).expanduser().absolute()
-        manifest = read_manifest(folder, "atlas")
+        store = opened(path, "atlas", later=lambda name: name.startswith("recording/"), verify=lambda name: verify)
         for table in TABLES:
-            if f"{table}.parquet" not in manifest.get("files", {}):
-                raise DamagedStore(f"{folder / 'manifest.json'} is damaged: it does not list {table}.parquet")
-        if verify:
-            verify_files(folder, manifest, skip=lambda name: name.startswith("recording/"))
-        atlas = cls(folder, manifest)
+            if f"{table}.parquet" not in store.manifest["files"]:
+                raise DamagedStore(f"{store.path / 'manifest.json'} is damaged: it does not list {table}.parquet")
+        atlas = cls(store.folder, store.manifest, store)
         for table, columns in TABLES.items():
             atlas._check(table, columns)
         return atlas
@@ -164,7 +163,8 @@ class Atlas:
         return sum(site["size"] for site in self.manifest["sites"])
 
     def __repr__(self) -> str:
-        return f"Atlas({str(self.path)!r}: {self.manifest['model']['name']}, {len(self):,} neurons)"
+        place = self.path if self._store is None else self._store.path
+        return f"Atlas({str(place)!r}: {self.manifest['model']['name']}, {len(self):,} neurons)"
 
     def __rich__(self) -> RenderableType:
         from patchclamp.atlas.terminal import draw_summary

@@ -21,7 +21,7 @@ from patchclamp.atlas.tables import (
 from patchclamp.model import Model, Site, load
 from patchclamp.recording import Recording
 from patchclamp.recording.record import prepare
-from patchclamp.storage import new_folder, write_manifest
+from patchclamp.storage import published, write_manifest
 
 _ROWS_TOGETHER = {"examples": 2000, "histograms": 500}
 
@@ -43,7 +43,8 @@ def build(
     Args:
         model: a `Model`, or any module.
         data: as for `patchclamp.record`.
-        path: the folder to write. It appears only when it is whole; an older atlas there is replaced.
+        path: the folder to write, or a place in an object store (`s3://bucket/name`). It appears only when it is whole;
+            an older atlas there is replaced.
         sites: whose neurons.
         max_length: longest text in tokens; default: what model and tokenizer can take.
         batch_tokens: padded tokens of one forward pass.
@@ -60,7 +61,7 @@ def build(
         StoreError: the folder cannot be written, or something that is no atlas is there.
     """
     model = model if isinstance(model, Model) else load(model)
-    with new_folder(path, "atlas") as folder:
+    with published(path, "atlas") as folder:
         run = prepare(
             model, data, sites, max_length=max_length, batch_tokens=batch_tokens, seed=seed, progress=progress
         )

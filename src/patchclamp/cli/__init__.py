@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +43,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the atlas.", show_default=False)]
+_Folder = Annotated[
+    str, typer.Argument(metavar="DIR", help="The folder of the atlas, or s3://bucket/name.", show_default=False)
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,7 +78,9 @@ def atlas(
             help="A .txt, .jsonl or .parquet file of texts, or python_docs.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", show_default=False, help="The folder to write.")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", show_default=False, help="The folder to write, or s3://...")
+    ],
     sites: Annotated[str, typer.Option("--sites", help="The sites to record: a name or a pattern.")] = "mlp.*",
     column: Annotated[str, typer.Option("--column", help="The column of texts in a .jsonl or .parquet file.")] = "text",
     label: Annotated[
@@ -146,7 +149,7 @@ def explore(
 @app.command()
 def doctor(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A recording, an atlas, or a series of them.", show_default=False)
+        str, typer.Argument(metavar="DIR", help="A recording, an atlas, or a series of them.", show_default=False)
     ],
 ) -> None:
     """Say what of a store is damaged, and what can still be read; exits with 1 where something is."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,7 +11,7 @@ from patchclamp.storage.doctor import examine
 _MOST = 50
 
 
-def show(folder: Path) -> bool:
+def show(folder: str) -> bool:
     """Print what was found; gives whether the store is whole."""
     found = examine(folder)
     console = Console()

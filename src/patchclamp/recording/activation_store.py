@@ -5,7 +5,7 @@ Each chunk carries its own checksum, so that a damaged one is noticed when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -14,6 +14,7 @@ import numpy as np
 
 from patchclamp.errors import DamagedStore
 from patchclamp.recording.batch import Batch
+from patchclamp.storage import OpenedStore
 
 # Whole chunks are written once; what does not fill one waits in memory.
 _ROWS = 1024
@@ -34,26 +35,41 @@ class StoredArray:
     """An array on disk that is read in parts: `array[start:stop]` gives numpy.
 
     Attributes:
-        zarr: the Zarr array itself.
+        zarr: the Zarr array itself. Of an array in an object store it has no chunks: these are fetched when a part of
+            the array is read, and go again.
         shape, dtype, chunks: as those of the Zarr array.
     """
 
-    def __init__(self, array: Any, find_damage: Callable[[], None], owner: object) -> None:
+    def __init__(self, array: Any, name: str, store: OpenedStore | None, owner: object) -> None:
         self.zarr = array
         self.shape, self.dtype, self.chunks = array.shape, array.dtype, array.chunks
-        self._find_damage, self._owner = find_damage, owner
+        self._name, self._store, self._owner = name, store, owner
 
     def __getitem__(self, part: Any) -> np.ndarray:
         """A part of the array.
 
         Raises:
             DamagedStore: a chunk is not what was written; the message names the file.
+            StoreError: it is in an object store that cannot be read now.
         """
+        if self._store is None or not self._store.is_remote:
+            return self._read(part)
+        with self._store.at_hand(self._files(part)):
+            return self._read(part)
+
+    def _read(self, part: Any) -> np.ndarray:
         try:
             return np.asarray(self.zarr[part])
         except (ValueError, OSError, RuntimeError) as error:
-            self._find_damage()
+            if self._store is not None:
+                self._store.verify()
             raise DamagedStore(f"{self.zarr.store_path} cannot be read: {error}") from error
+
+    def _files(self, part: Any) -> list[str]:
+        """The chunks that a part of the array is in: they divide its rows."""
+        rows = np.arange(len(self))[part[0] if isinstance(part, tuple) else part]
+        end = "/0" * (len(self.shape) - 1)
+        return [f"{self._name}/c/{each}{end}" for each in np.unique(rows // self.chunks[0]).tolist()]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
@@ -66,17 +82,20 @@ class StoredArray:
 
 
 def opened_activations(
-    folder: Path, site: str, find_damage: Callable[[], None] = lambda: None, owner: object = None
+    folder: Path, site: str, store: OpenedStore | None = None, owner: object = None
 ) -> StoredActivations:
     """The arrays of one site, read only.
 
-    `find_damage` is called where a chunk cannot be read, to name the file. `owner` lives as long as the arrays:
-    a temporary folder goes with its last reader.
+    `folder` is that of all activations; `store` has it under `activations`, names the file where a chunk cannot be
+    read, and fetches chunks from an object store. `owner` lives as long as the arrays: a temporary folder goes with its
+    last reader.
     """
     import zarr
 
-    group: Any = zarr.open_group(zarr_group(folder, site), mode="r")
-    return StoredActivations(*(StoredArray(group[name], find_damage, owner) for name in ("values", *_INDICES)))
+    place = zarr_group(folder, site)
+    group: Any = zarr.open_group(place, mode="r")
+    arrays = ((name, f"activations/{place.name}/{name}") for name in ("values", *_INDICES))
+    return StoredActivations(*(StoredArray(group[name], where, store, owner) for name, where in arrays))
 
 
 def zarr_group(folder: Path, site: str) -> Path:

@@ -7,6 +7,8 @@ goes when the recording is whole.
 
 A checkpoint is a new file; a small index is renamed into place when that file is on the disk. So a process that is
 killed while it writes leaves the checkpoint before. Writing is timed, and the next one waits a hundred times as long.
+
+Where the store is in an object store, the folder is a temporary one, and `mirror.py` keeps the checkpoints there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +30,8 @@ from filelock import FileLock, Timeout
 
 from patchclamp.errors import StoreError, warn
 from patchclamp.recording.facts import differences
-from patchclamp.storage import sha256_of_file
+from patchclamp.recording.mirror import Mirror, mirror, working_place
+from patchclamp.storage import Remote, sha256_of_file
 
 # The share of the time that checkpoints may take, and the seconds before the first one.
 SHARE = 0.01
@@ -53,14 +57,21 @@ class Checkpoints:
     Attributes:
         folder: the hidden folder of the work.
         facts: of the recording, as `facts_of` gives them, and `batch_tokens`: where a batch ends is part of its number.
+        mirror: the same in an object store, if that is where the recording will be.
         seconds: what the last one took to write.
     """
 
     folder: Path
     facts: Mapping[str, Any]
+    mirror: Mirror | None = None
     seconds: float = 0.0
     _last: float = field(default_factory=lambda: time.monotonic())
     _number: int = 0
+
+    @property
+    def place(self) -> Path | Remote:
+        """Where they are found again."""
+        return self.folder if self.mirror is None else self.mirror.place
 
     @property
     def activations(self) -> Path:
@@ -75,6 +86,8 @@ class Checkpoints:
         """
         from safetensors.numpy import load_file
 
+        if self.mirror is not None:
+            self.mirror.pull(self.folder)
         try:
             index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -83,7 +96,7 @@ class Checkpoints:
             return self._anew(f"{_INDEX} cannot be read: {error}")
         if differing := differences(index["facts"], self.facts):
             raise StoreError(
-                f"{self.folder} holds an unfinished recording of something else. What differs: "
+                f"{self.place} holds an unfinished recording of something else. What differs: "
                 f"{'; '.join(differing)}. Record that one to its end, or delete the folder"
             )
         file = self.folder / index["file"]
@@ -131,12 +144,23 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or error
             raise StoreError(f"cannot write a checkpoint in {self.folder}: {why}") from error
+        if self.mirror is not None:
+            self.mirror.push(self.folder, name)
         for old in self.folder.glob("checkpoint-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
         self._number = batches
         self._last = time.monotonic()
         self.seconds = self._last - begun
+
+    def check(self) -> None:
+        """See that nobody else has taken over, before what others read is written.
+
+        Raises:
+            StoreError: somebody may have.
+        """
+        if self.mirror is not None:
+            self.mirror.check()
 
     @property
     def batches(self) -> int:
@@ -145,17 +169,19 @@ class Checkpoints:
 
     def _anew(self, why: str = "") -> None:
         if why:
-            warn(f"the checkpoint in {self.folder} is of no use, and the recording starts anew: {why}")
+            warn(f"the checkpoint in {self.place} is of no use, and the recording starts anew: {why}")
         for each in self.folder.iterdir():
             if each.name not in (_LOCK, _HOLDER):
                 shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.clear()
 
 
 _LOCK, _HOLDER = "lock", "holder.json"
 
 
 @contextmanager
-def checkpoints(target: Path, facts: Mapping[str, Any], batch_tokens: int) -> Iterator[Checkpoints]:
+def checkpoints(target: Path | Remote, facts: Mapping[str, Any], batch_tokens: int) -> Iterator[Checkpoints]:
     """The working folder of a store, held by this process alone while the block runs.
 
     It is removed when the block ends well, or has written no checkpoint; else it stays, and the error says so.
@@ -163,28 +189,50 @@ def checkpoints(target: Path, facts: Mapping[str, Any], batch_tokens: int) -> It
     Raises:
         StoreError: another process records into this store, or nothing can be written there.
     """
-    folder = _folder_of(target)
-    parameters = {**facts["parameters"], "batch_tokens": batch_tokens}
-    with _held(folder, target):
-        work = Checkpoints(folder, {**facts, "parameters": parameters})
+    known = {**facts, "parameters": {**facts["parameters"], "batch_tokens": batch_tokens}}
+    with _there(target, known) if isinstance(target, Remote) else _here(target, known) as work:
         try:
             yield work
         except BaseException as error:
             if work.batches:
                 error.add_note(
-                    f"What was done so far is kept in {folder}: the same call again goes on after batch {work.batches}"
+                    f"What was done so far is kept in {work.place}: the same call again goes on after batch "
+                    f"{work.batches}"
                 )
-            else:
+            raise
+
+
+def clear(target: Path | Remote) -> None:
+    """Remove the work that a process left which was killed between making its store whole and removing it."""
+    if isinstance(target, Remote):
+        if working_place(target).names():
+            with suppress(StoreError), mirror(target) as far:
+                far.clear()
+    elif _folder_of(target).exists():
+        with suppress(StoreError), _held(_folder_of(target), target):
+            shutil.rmtree(_folder_of(target), ignore_errors=True)
+
+
+@contextmanager
+def _here(target: Path, facts: Mapping[str, Any]) -> Iterator[Checkpoints]:
+    folder = _folder_of(target)
+    with _held(folder, target):
+        work = Checkpoints(folder, facts)
+        try:
+            yield work
+        except BaseException:
+            if not work.batches:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear(target: Path) -> None:
-    """Remove the work that a process left which was killed between making its store whole and removing it."""
-    if _folder_of(target).exists():
-        with suppress(StoreError), _held(_folder_of(target), target):
-            shutil.rmtree(_folder_of(target), ignore_errors=True)
+@contextmanager
+def _there(target: Remote, facts: Mapping[str, Any]) -> Iterator[Checkpoints]:
+    with tempfile.TemporaryDirectory(prefix="patchclamp-") as folder, mirror(target) as far:
+        work = Checkpoints(Path(folder), facts, far)
+        yield work
+        far.clear()
 
 
 def _folder_of(target: Path) -> Path:

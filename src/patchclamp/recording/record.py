@@ -22,6 +22,7 @@ from patchclamp.recording.cluster import RayCluster
 from patchclamp.recording.corpus import Reading, TensorCorpus, TextCorpus, tokenize
 from patchclamp.recording.facts import differences, facts_of
 from patchclamp.recording.image_corpus import ImageCorpus
+from patchclamp.recording.mirror import check_writable
 from patchclamp.recording.packable import pack
 from patchclamp.recording.positions import Choice, Positions
 from patchclamp.recording.recording import Recording
@@ -38,7 +39,7 @@ from patchclamp.recording.summaries import (
 )
 from patchclamp.recording.thresholds import FractionOfMaximum
 from patchclamp.recording.tokenizing import LongTexts
-from patchclamp.storage import read_manifest, temporary_folder
+from patchclamp.storage import Remote, exists, place, read_manifest, temporary_folder
 
 
 def record(
@@ -70,9 +71,9 @@ def record(
         sites: names or globs: `"mlp.*"`, `["mlp.3", "attn.[0-2]"]`, `"module:a.b.c"`; or a `Site`.
         summaries: what to keep. None keeps `Moments`, `FiringRate` (above 0, and above half of the neuron's
             maximum), `MinMax`, `Histogram`, `TopExamples(20)`, `ByToken`, and `ByLabel` for every label of the data.
-        store: a folder to save the recording in. If a recording of the same model, data and parameters is
-            there already, it is opened instead; if one was begun and did not end, it goes on from its last
-            checkpoint, and the result is the same to the last bit.
+        store: a folder to save the recording in, or a place in an object store (`s3://bucket/name`). If a recording of
+            the same model, data and parameters is there already, it is opened instead; if one was begun and did not
+            end, it goes on from its last checkpoint, and the result is the same to the last bit.
         activations: also write every activation to Zarr v3 (in `store`, else in a temporary folder that goes
             with the recording): 4 bytes a neuron and token.
         max_length: longest text in tokens, special ones included; longer ones are cut. Default: the smaller of
@@ -112,7 +113,7 @@ def record(
             begun, of something else (which is said).
     """
     model = model if isinstance(model, Model) else load(model)
-    target = None if store is None else Path(store).expanduser().absolute()
+    target = None if store is None else place(store)
     if target is not None:
         _check_writable(target)
     run = prepare(
@@ -147,7 +148,9 @@ def record(
         if (found := _found(target, run.facts)) is not None:  # another process may just have ended
             return found
         run.scratch = work.folder
-        run.go(progress, work.activations if activations else None, checkpoints=work).save(target)
+        recording = run.go(progress, work.activations if activations else None, checkpoints=work)
+        work.check()
+        recording.save(target, replace=False)
     return Recording.open(target)
 
 
@@ -280,21 +283,26 @@ def _corpus(
         return tokenize(model, data, reading, bar)
 
 
-def _check_writable(target: Path) -> None:
+def _check_writable(target: Path | Remote) -> None:
     """Find out before the pass, not after it, whether the store can be written."""
     try:
-        there = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+        there = exists(target) if isinstance(target, Remote) or target.is_dir() else target.exists()
+    except StoreError:
+        raise
     except OSError as error:
         raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
     if there:
         read_manifest(target, "recording")  # raises where something else is there
-    with temporary_folder(target):
-        pass
+    if isinstance(target, Remote):
+        check_writable(target)
+    else:
+        with temporary_folder(target):
+            pass
 
 
-def _found(target: Path, facts: Mapping[str, Any]) -> Recording | None:
+def _found(target: Path | Remote, facts: Mapping[str, Any]) -> Recording | None:
     """The recording that is in the store already, if it is this very one."""
-    if not target.is_dir() or not any(target.iterdir()):
+    if not exists(target):
         return None
     differing = differences(read_manifest(target, "recording"), facts)
     if differing:

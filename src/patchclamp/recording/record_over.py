@@ -30,7 +30,7 @@ from patchclamp.recording.record import record
 from patchclamp.recording.recording import Recording
 from patchclamp.recording.recording_series import RecordingSeries, folder_name, read_index, write_index
 from patchclamp.recording.summaries import Summary
-from patchclamp.storage import read_manifest
+from patchclamp.storage import Remote, exists, place, read_manifest
 
 CALIBRATION = "each checkpoint by itself"
 
@@ -64,9 +64,10 @@ def record_over(
         data: as for `record`; read once per checkpoint, so a generator will not do.
         sites: as for `record`.
         summaries: as for `record`.
-        store: a folder for the series, with a recording of each checkpoint in it. One that is there already, of the
-            same name, data and parameters, is not recorded again. If the checkpoint is a folder, an id or a
-            function, and was when it was recorded, it is not even loaded: what it holds is taken to be unchanged.
+        store: a folder for the series, or a place in an object store (`s3://bucket/name`), with a recording of each
+            checkpoint in it. One that is there already, of the same name, data and parameters, is not recorded again.
+            If the checkpoint is a folder, an id or a function, and was when it was recorded, it is not even loaded:
+            what it holds is taken to be unchanged.
         loading: keywords of `load` for checkpoints that are not a `Model`: `{"tokenizer": words, "device": "cuda"}`.
         options: other keywords of `record`.
 
@@ -86,7 +87,7 @@ def record_over(
     _refuse_once(given)
     sites = [sites] if isinstance(sites, str | Site) else list(sites)
     summaries = None if summaries is None else _templates(summaries)
-    folder = None if store is None else Path(store).expanduser().absolute()
+    folder = None if store is None else place(store)
     job = _Job(given, sites, summaries, dict(loading or {}), options, folder, isinstance(checkpoints, Iterator))
     if folder is not None:
         job.find()
@@ -117,9 +118,9 @@ class _Job:
     summaries: list[Any] | None
     loading: dict[str, Any]
     options: dict[str, Any]
-    folder: Path | None
+    folder: Path | Remote | None
     one_by_one: bool
-    recordings: dict[str, Recording | Path] = field(default_factory=dict)
+    recordings: dict[str, Recording | Path | Remote] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     first: tuple[str, dict[str, int | None], Mapping[str, Any]] | None = None
     asked: dict[str, Any] = field(default_factory=dict)
@@ -143,7 +144,7 @@ class _Job:
         said = _said(source)
         if self.folder is not None and said and self.done.get(name) == said:
             path = self.folder / folder_name(name)
-            if path.is_dir():
+            if exists(path):
                 manifest = read_manifest(path, "recording")
                 sizes = {site: each["site"]["size"] for site, each in manifest["sites"].items()}
                 self._keep(name, path, sizes, manifest)
@@ -182,7 +183,7 @@ class _Job:
         path = None if self.folder is None else self.folder / folder_name(name)
         return record(model, self.data, self.sites, self.summaries, store=path, **self.options)
 
-    def _keep(self, name: str, recording: Recording | Path, sizes: dict[str, int | None], facts: Any) -> None:
+    def _keep(self, name: str, recording: Recording | Path | Remote, sizes: dict[str, int | None], facts: Any) -> None:
         self._check_sites(name, sizes)
         if self.first is None:
             self.first = (name, sizes, facts["data"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from patchclamp.recording.documents import Documents
 from patchclamp.recording.mapped import mapped
 from patchclamp.recording.summaries import ByLabel, Summary
 from patchclamp.recording.windows import Window, Windows
-from patchclamp.storage import new_folder, read_manifest, verify_files, write_manifest
+from patchclamp.storage import OpenedStore, Remote, opened, place, published, write_manifest
 
 
 class UnknownSummary(UnknownName, AttributeError):
@@ -88,11 +88,12 @@ class Recording:
         vocabulary: token id -> its text, for the tokens that the recording shows.
         windows: the text around every position that the recording shows; what a decoder read is under "decoder".
         labels_of_examples: example -> label -> category, for the examples that the recording shows.
-        path: the folder it was read from or written to, or None.
+        path: the folder it was read from or written to, or the place in an object store; or None.
         activations_folder: the folder of the Zarr arrays, one group a site; None where they were not kept.
         folds: `[examples]` uint8, the fold of each example: 0 for describing, 1 for scoring.
         documents: of which document each example is a window, and where in it; None where examples are whole texts.
             `recording.documents.place(example)` and `.examples(document)` answer.
+        store: what it was read from, or None: it keeps what was fetched from an object store.
     """
 
     by_site: dict[str, SiteRecording]
@@ -101,10 +102,11 @@ class Recording:
     vocabulary: dict[int, str]
     windows: dict[str, Windows]
     labels_of_examples: dict[int, dict[str, str]]
-    path: Path | None = None
+    path: Path | Remote | None = None
     activations_folder: Path | None = None
     folds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     documents: Documents | None = None
+    store: OpenedStore | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, site: str | Site) -> SiteRecording:
         name = site.name if isinstance(site, Site) else site
@@ -185,44 +187,52 @@ class Recording:
             documents=self.documents,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], replace: bool = True) -> None:
         """Write the recording into a folder: safetensors, Parquet, Zarr and a manifest with checksums.
 
         What `Pooled` keeps is in files of its own, and is mapped into memory, not read, when it is opened.
 
-        The folder appears only when it is whole. An older recording there is replaced.
+        Args:
+            path: the folder, or a place in an object store (`s3://bucket/name`). It appears only when it is whole.
+            replace: an older recording that is there. False refuses.
 
         Raises:
-            StoreError: the folder cannot be written, or something else is there.
+            StoreError: it cannot be written, or something else is there.
+            MissingExtra: the library for this object store is not installed.
         """
         from safetensors import SafetensorError
 
-        with new_folder(path, "recording") as folder:
+        with published(path, "recording", replace) as folder:
             try:
                 self._write(folder)
+            except StoreError:
+                raise
             except (OSError, SafetensorError) as error:
                 raise StoreError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-        self.path = Path(path).expanduser().absolute()
+        self.path = place(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Recording:
-        """Read a recording from a folder.
+        """Read a recording.
+
+        Args:
+            path: its folder, or its place in an object store (`s3://bucket/name`). From there it is copied into a
+                temporary folder, but for the activations: they are fetched in parts, when they are read.
 
         Raises:
-            StoreError: there is none, or it is of a newer format.
+            StoreError: there is none, it cannot be read, or it is of a newer format.
             DamagedStore: a file is missing or altered; the message names it. Of the chunks of activations,
                 which may be many, only the presence is checked here, and the content when it is read.
             UnknownName: it holds a summary of the user's own, whose class has not been imported.
+            MissingExtra: the library for this object store is not installed.
         """
-        folder = Path(path).expanduser().absolute()
-        manifest = read_manifest(folder, "recording")
-        verify_files(folder, manifest, skip=_is_chunk)
+        store = opened(path, "recording", later=_is_chunk)
         try:
-            return _opened(folder, manifest)
+            return _opened(store)
         except (DamagedStore, UnknownName):
             raise
         except (PatchclampError, KeyError, TypeError, ValueError, OSError) as error:
-            raise DamagedStore(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+            raise DamagedStore(f"{store.path} cannot be read: {type(error).__name__}: {error}") from error
 
     def __repr__(self) -> str:
         data = self.facts.get("data", {})
@@ -261,8 +271,15 @@ class Recording:
         of_examples = {"fold": self.folds} | (self.documents.state() if self.documents is not None else {})
         save_file(of_examples, folder / _EXAMPLES)
         if self.activations_folder is not None:
-            shutil.copytree(self.activations_folder, folder / "activations")
+            self._copy_activations(self.activations_folder, folder / "activations")
         write_manifest(folder, "recording", self._manifest())
+
+    def _copy_activations(self, source: Path, target: Path) -> None:
+        if self.store is None:
+            shutil.copytree(source, target)
+            return
+        with self.store.at_hand(each for each in self.store.manifest["files"] if _is_chunk(each)):
+            shutil.copytree(source, target)
 
     def _manifest(self) -> dict[str, Any]:
         first = next(iter(self.by_site.values()))
@@ -298,9 +315,10 @@ def _is_chunk(file: str) -> bool:
     return file.startswith("activations/") and not file.endswith("zarr.json")
 
 
-def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
+def _opened(store: OpenedStore) -> Recording:
     from safetensors.numpy import load_file
 
+    folder, manifest = store.folder, store.manifest
     labels = {name: tuple(each) for name, each in manifest["labels"].items()}
     templates = {name: Summary.from_parameters(name, each) for name, each in manifest["summaries"].items()}
     by_site = {}
@@ -319,7 +337,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
         summaries = {each: templates[each].reopen(setting, states.get(each, {})) for each in stored["summaries"]}
         kept = None
         if manifest["activations"]:
-            kept = opened_activations(folder / "activations", name, lambda: verify_files(folder, manifest))
+            kept = opened_activations(folder / "activations", name, store, store.owner)
         passed = stored.get("passed")
         by_site[name] = SiteRecording(site, stored["count"], stored["nonfinite"], summaries, kept, passed)
     vocabulary = pl.read_parquet(folder / "vocabulary.parquet")
@@ -337,10 +355,11 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Recording:
             for stack in manifest["windows"]
         },
         of_examples,
-        folder,
+        store.path,
         folder / "activations" if manifest["activations"] else None,
         arrays_of_examples["fold"],
         Documents.restored(arrays_of_examples) if manifest["documents"] else None,
+        store,
     )
 
 

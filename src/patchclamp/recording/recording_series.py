@@ -15,7 +15,7 @@ import numpy as np
 from patchclamp.errors import DamagedStore, StoreError, unknown
 from patchclamp.neurons import Neurons
 from patchclamp.recording.recording import Recording
-from patchclamp.storage import seal_of
+from patchclamp.storage import Conflict, Remote, exists, place, seal_of
 
 INDEX = "series.json"
 FORMAT = "patchclamp series"
@@ -31,11 +31,14 @@ class RecordingSeries(Mapping[str, Recording]):
     Attributes:
         facts: what all recordings have in common: `data`, `parameters`, and `calibration`, which says on what
             relative thresholds were calibrated.
-        path: the folder with one recording per checkpoint, or None.
+        path: the folder, or the place in an object store, with one recording per checkpoint; or None.
     """
 
     def __init__(
-        self, recordings: Mapping[str, Recording | Path], facts: dict[str, Any], path: Path | None = None
+        self,
+        recordings: Mapping[str, Recording | Path | Remote],
+        facts: dict[str, Any],
+        path: Path | Remote | None = None,
     ) -> None:
         self._recordings = dict(recordings)
         self._opened: weakref.WeakValueDictionary[str, Recording] = weakref.WeakValueDictionary()
@@ -116,16 +119,19 @@ class RecordingSeries(Mapping[str, Recording]):
     def open(cls, path: str | os.PathLike[str]) -> RecordingSeries:
         """Read the series that `record_over` has written, as far as it came.
 
+        Args:
+            path: its folder, or its place in an object store.
+
         Raises:
-            StoreError: there is none, or it is of a newer format.
+            StoreError: there is none, it cannot be read, or it is of a newer format.
             DamagedStore: its index is damaged, or a recording is missing.
         """
-        folder = Path(path).expanduser().absolute()
+        folder = place(path)
         index = read_index(folder)
         if index is None:
             raise StoreError(f"there is no series of recordings at {folder}: it has no {INDEX}")
         recordings = {name: folder / folder_name(name) for name in index["checkpoints"]}
-        if missing := [name for name, each in recordings.items() if not each.is_dir()]:
+        if missing := [name for name, each in recordings.items() if not exists(each)]:
             raise DamagedStore(f"{recordings[missing[0]]} is missing: the recording of checkpoint {missing[0]!r}")
         return cls(recordings, index["facts"], folder)
 
@@ -147,7 +153,7 @@ def folder_name(checkpoint: str) -> str:
     return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
+def read_index(folder: Path | Remote) -> dict[str, Any] | None:
     """The index of a series; None where there is none.
 
     Raises:
@@ -156,9 +162,11 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / INDEX
     try:
-        content = file.read_bytes()
+        content = folder.read(INDEX) if isinstance(folder, Remote) else (folder / INDEX).read_bytes()
     except FileNotFoundError:
         return None
+    except StoreError:
+        raise
     except OSError as error:
         raise StoreError(f"cannot read {file}: {error.strerror or error}") from error
     try:
@@ -178,19 +186,26 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     return index
 
 
-def write_index(folder: Path, content: Mapping[str, Any]) -> None:
+def write_index(folder: Path | Remote, content: Mapping[str, Any]) -> None:
     """Write the index of a series; it is either the old or the new one, never half of one.
 
     Raises:
         StoreError: it cannot be written.
     """
-    file = folder / INDEX
-    part = file.with_name(f".{INDEX}.part")
     index = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
     index[_SEAL] = seal_of(index, _SEAL)
+    text = json.dumps(index, indent=1, ensure_ascii=False)
+    if isinstance(folder, Remote):
+        try:
+            folder.put(INDEX, text.encode(), folder.tag(INDEX))
+        except Conflict as error:
+            raise StoreError(f"cannot write {folder / INDEX}: another process writes it too") from error
+        return
+    file = folder / INDEX
+    part = file.with_name(f".{INDEX}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         os.replace(part, file)
     except OSError as error:
         raise StoreError(f"cannot write {file}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""Folders on disk that are whole or absent: manifest, checksums, atomic writes. No torch here."""
+"""Folders on disk and places in object stores that are whole or absent: manifest, checksums. No torch here."""
 
 from patchclamp.storage.folder import (
     FORMAT_VERSION,
@@ -11,11 +11,24 @@ from patchclamp.storage.folder import (
     write_manifest,
 )
 from patchclamp.storage.hashing import sha256_of_bytes, sha256_of_file
+from patchclamp.storage.lease import Lease, leased
+from patchclamp.storage.published import OpenedStore, exists, opened, published
+from patchclamp.storage.remote import Conflict, Remote, local, place
 
 __all__ = [
     "FORMAT_VERSION",
+    "Conflict",
+    "Lease",
+    "OpenedStore",
+    "Remote",
     "damage_of",
+    "exists",
+    "leased",
+    "local",
     "new_folder",
+    "opened",
+    "place",
+    "published",
     "read_manifest",
     "seal_of",
     "sha256_of_bytes",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from patchclamp.errors import DamagedStore, StoreError
-from patchclamp.storage.folder import damage_of, read_manifest, seal_of
+from patchclamp.storage.folder import damage_of, listed_files, read_manifest, seal_of
+from patchclamp.storage.published import copied
+from patchclamp.storage.remote import Remote, local
 
 KINDS = ("recording", "atlas")
 _SERIES = "series.json"
@@ -40,7 +43,7 @@ class Examination:
     """What was found in a store.
 
     Attributes:
-        path: the folder.
+        path: the folder, or the place in an object store.
         kind: "recording", "atlas" or "series"; None where that cannot be read.
         files: how many files the manifests list.
         damaged: those that are not what was written.
@@ -49,35 +52,56 @@ class Examination:
         unfinished: an interrupted recording beside it, which `record` would go on with.
     """
 
-    path: Path
+    path: Path | Remote
     kind: str | None = None
     files: int = 0
     damaged: list[Damage] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
-    unfinished: Path | None = None
+    unfinished: Path | Remote | None = None
 
 
 def examine(path: str | os.PathLike[str]) -> Examination:
-    """Look at every file of a store.
+    """Look at every file of a store; one in an object store is copied into a temporary folder for it.
 
     Raises:
-        StoreError: there is no store.
+        StoreError: there is no store, or it cannot be read.
     """
-    folder = Path(path).expanduser().absolute()
+    remote = Remote.of(path)
+    if remote is not None:
+        return _examined_there(remote)
+    folder = local(path)
     found = Examination(folder)
     partial = folder.parent / f".{folder.name}.partial"
     found.unfinished = partial if partial.is_dir() else None
     if not folder.is_dir():
         beside = f", but {partial} holds one that did not end: record again" if found.unfinished else ""
         raise StoreError(f"there is no store at {folder}{beside}")
-    if (folder / _SERIES).exists() or _was_series(folder):
-        _series(found)
-        return found
-    if not (folder / "manifest.json").exists() and not any(folder.rglob("*.safetensors")):
-        raise StoreError(f"{folder} is no store of patchclamp: it has no manifest.json")
-    _store(found, folder, "")
+    _look(found, folder)
     return found
+
+
+def _examined_there(remote: Remote) -> Examination:
+    found = Examination(remote)
+    partial = Remote(f"{remote.url}.partial")
+    found.unfinished = partial if partial.names() else None
+    names = remote.names()
+    if not names:
+        beside = f", but {partial} holds one that did not end: record again" if found.unfinished else ""
+        raise StoreError(f"there is no store at {remote}{beside}")
+    with tempfile.TemporaryDirectory(prefix="patchclamp-") as folder:
+        copied(remote, Path(folder))
+        _look(found, Path(folder))
+    return found
+
+
+def _look(found: Examination, folder: Path) -> None:
+    if (folder / _SERIES).exists() or _was_series(folder):
+        _series(found, folder)
+        return
+    if not (folder / "manifest.json").exists() and not any(folder.rglob("*.safetensors")):
+        raise StoreError(f"{found.path} is no store of patchclamp: it has no manifest.json")
+    _store(found, folder, "")
 
 
 def _store(found: Examination, folder: Path, prefix: str) -> None:
@@ -87,15 +111,16 @@ def _store(found: Examination, folder: Path, prefix: str) -> None:
         return
     found.kind = found.kind or kind
     lost: set[str] = set()
-    listed = manifest["files"]
+    listed = listed_files(manifest, folder)
+    inner = {where: name for where, name in zip(listed, manifest["files"], strict=True)}
     found.files += len(listed)
-    for name in listed:
-        what = damage_of(folder, name, listed[name])
+    for name, expected in listed.items():
+        what = damage_of(folder, name, expected)
         if what:
-            holds = _holds(kind, name)
+            holds = _holds(kind, inner[name])
             lost.add(holds)
             found.damaged.append(Damage(prefix + name, what, holds))
-    held = sorted({_holds(kind, name) for name in listed} - lost)
+    held = sorted({_holds(kind, name) for name in inner.values()} - lost)
     found.whole += [f"{prefix}{each}" if prefix else each for each in held]
     there = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()}
     found.strangers += sorted(prefix + name for name in there - set(listed) - {"manifest.json"})
@@ -112,17 +137,20 @@ def _manifest(found: Examination, folder: Path, prefix: str) -> tuple[Mapping[st
         except StoreError as error:
             why = str(error).removeprefix(f"{folder} ")
             continue
-        if isinstance(manifest.get("files"), dict):
-            return manifest, kind
-        why = "it lists no files"
+        try:
+            listed_files(manifest, folder)
+        except DamagedStore as error:
+            why = str(error).partition("manifest.json ")[2]
+            break
+        return manifest, kind
     everything = "all of it: without the manifest nobody can say what the files should be"
     found.damaged.append(Damage(f"{prefix}manifest.json", why, everything))
     return None, None
 
 
-def _series(found: Examination) -> None:
+def _series(found: Examination, folder: Path) -> None:
     found.kind, found.files = "series", 1
-    index = found.path / _SERIES
+    index = folder / _SERIES
     try:
         said = json.loads(index.read_bytes())
         names = list(said["checkpoints"])
@@ -131,7 +159,7 @@ def _series(found: Examination) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         found.damaged.append(Damage(_SERIES, f"cannot be read: {error}", "which recording is of which checkpoint"))
         names = None
-    folders = sorted(each for each in found.path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    folders = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
     for each in folders:
         _store(found, each, f"{each.name}/")
     for name in names or ():

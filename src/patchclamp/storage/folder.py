@@ -1,7 +1,8 @@
 """A store is a folder with a `manifest.json` that lists every other file with its SHA-256, and has its own.
 
 It is written into a temporary folder beside its final place and renamed when it is whole, so
-that a crash leaves either the old store or the new one, never half of one.
+that a crash leaves either the old store or the new one, never half of one. How that is done where nothing can be
+renamed is in `published.py`; a folder that was copied from there has its files under a `prefix`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from patchclamp.errors import DamagedStore, StoreError
 from patchclamp.storage.hashing import sha256_of_file
+from patchclamp.storage.remote import Remote, local
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _SEAL = "manifest_sha256"
+# Where the files of a store that was published in an object store lie inside it.
+_PREFIX = re.compile(r"(?:[0-9a-f]{32})?")
 
 
 @contextmanager
@@ -34,7 +39,7 @@ def new_folder(path: str | os.PathLike[str], kind: str, replace: bool = True) ->
     Raises:
         StoreError: the place cannot be written, or something else is there already.
     """
-    target = Path(path).expanduser().absolute()
+    target = local(path)
     _refuse_to_overwrite(target, kind, replace)
     with temporary_folder(target) as work:
         yield work
@@ -64,7 +69,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
         _remove_empty(made)
 
 
-def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write `manifest.json` last: the content, the format, the time and the SHA-256 of every file in the folder."""
     import patchclamp
 
@@ -77,11 +82,9 @@ def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> dict[
     }
     files = sorted(each for each in folder.rglob("*") if each.is_file() and each != folder / _MANIFEST)
     manifest["files"] = {each.relative_to(folder).as_posix(): sha256_of_file(each) for each in files}
-    manifest[_SEAL] = seal_of(manifest)
     temporary = folder / (_MANIFEST + ".part")
-    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    temporary.write_bytes(sealed(manifest))
     os.replace(temporary, folder / _MANIFEST)
-    return manifest
 
 
 def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -91,27 +94,67 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         StoreError: nothing is there, or it is another kind of folder or of a newer format.
         DamagedStore: the manifest itself cannot be read, or was altered.
     """
-    folder = Path(path).expanduser()
+    remote = Remote.of(path)
+    if remote is not None:
+        try:
+            return parsed_manifest(remote.read(_MANIFEST), remote, kind)
+        except FileNotFoundError:
+            raise StoreError(f"there is no {kind} at {remote}: it has no {_MANIFEST}") from None
+    folder = local(path)
     if not folder.exists():
         raise StoreError(f"there is no {kind} at {folder}: the folder does not exist")
     file = folder / _MANIFEST
     if not file.is_file():
         raise StoreError(f"{folder} is not a patchclamp {kind}: it has no {_MANIFEST}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DamagedStore(f"{file} is damaged: {error}") from error
+    return parsed_manifest(content, folder, kind)
+
+
+def parsed_manifest(content: bytes, place: Path | Remote, kind: str) -> dict[str, Any]:
+    """The manifest that was read from `place`; raises as `read_manifest`."""
+    file = place / _MANIFEST
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
         raise DamagedStore(f"{file} is damaged: {error}") from error
     said = manifest.get("format") if isinstance(manifest, dict) else None
     if said != f"patchclamp {kind}":
-        raise StoreError(f"{folder} is not a patchclamp {kind}: its {_MANIFEST} says {said!r}")
+        raise StoreError(f"{place} is not a patchclamp {kind}: its {_MANIFEST} says {said!r}")
     version = manifest.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise StoreError(
-            f"{folder} has format version {version!r}; this patchclamp reads up to {FORMAT_VERSION}: update it"
+            f"{place} has format version {version!r}; this patchclamp reads up to {FORMAT_VERSION}: update it"
         )
     if manifest.get(_SEAL) != seal_of(manifest):
         raise DamagedStore(f"{file} is damaged: its content is not what was written (checksum differs)")
+    if not _PREFIX.fullmatch(manifest.get("prefix", "")):
+        raise DamagedStore(f"{file} names a folder that is not ours: {manifest['prefix']!r}")
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest with its seal, as it is written."""
+    content = {**manifest, _SEAL: seal_of(manifest)}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def listed_files(manifest: Mapping[str, Any], place: Path | Remote) -> dict[str, str]:
+    """Every file of a store but the manifest, where it lies in the store -> its SHA-256.
+
+    Raises:
+        DamagedStore: the manifest lists none, or one that is not inside the store.
+    """
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        raise DamagedStore(f"{place / _MANIFEST} is damaged: it lists no files")
+    for name in listed:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise DamagedStore(f"{place / _MANIFEST} names a file outside the folder: {name}")
+    prefix = f"{manifest['prefix']}/" if manifest.get("prefix") else ""
+    return {prefix + name: expected for name, expected in listed.items()}
 
 
 def verify_files(
@@ -122,12 +165,9 @@ def verify_files(
     Raises:
         DamagedStore: a file is missing, altered, or outside the folder; the message names it.
     """
-    folder = Path(path).expanduser().resolve()
-    listed = manifest.get("files")
-    if not isinstance(listed, dict):
-        raise DamagedStore(f"{folder / _MANIFEST} is damaged: it lists no files")
-    for name, expected in listed.items():
-        if not (folder / name).resolve().is_relative_to(folder):
+    folder = local(path).resolve()
+    for name, expected in listed_files(manifest, folder).items():
+        if not (folder / name).resolve().is_relative_to(folder):  # by a link
             raise DamagedStore(f"{folder / _MANIFEST} names a file outside the folder: {name}")
         if what := damage_of(folder, name, None if skip(name) else expected):
             raise DamagedStore(f"{folder / name} {what}")
