@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cluster
+import correlation
+import memory
 import record_cost
 import unembedding
 from machine import described
@@ -20,7 +23,14 @@ Speed is measured as a ratio, side by side in one run, never as a time alone. Th
 
 def main() -> None:
     """Measure, print, write."""
-    sections = [described(), record_cost.main(), unembedding.main()]
+    sections = [
+        described(),
+        record_cost.main(),
+        memory.main(),
+        unembedding.main(),
+        correlation.main(),
+        cluster.main(),
+    ]
     PAGE.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"\nwritten: {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
 
