@@ -12,7 +12,7 @@ INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check -c 
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench docs lint clean
+.PHONY: help demo test test-all bench bench-peers docs lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,16 @@ test-all: $(VENV)/.dev ## run every test, with many more random examples, then t
 
 bench: $(VENV)/.dev ## measure cost and speed side by side
 	$(RUN) benchmarks/run.py
+
+PEERS := transformer_lens nnsight pyvene
+
+bench-peers: $(VENV)/.dev $(PEERS:%=.venv-peers/%/.made) ## measure beside other libraries, each in an environment of its own
+	$(RUN) benchmarks/peers/run.py
+
+.venv-peers/%/.made: benchmarks/peers/requirements-%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 docs: $(VENV)/.docs ## build the documentation into site/
 	$(RUN) -m mkdocs build --strict

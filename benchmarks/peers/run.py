@@ -204,7 +204,8 @@ def _page(rounds: int, versions: dict[str, str], sections: list[str], troubles: 
             "the same torch code keeps the statistics (`benchmarks/peers/job.py`); patchclamp keeps its own and "
             "tokenizes within its time. Every result is compared with that of hooks written by hand. The plain pass "
             "has no head, keeps nothing and ends at the last site. Median (least to most) of "
-            f"{rounds} processes each, in rotated order. {described()} This page is written by `make bench-peers`; no "
+            f"{rounds} process{'es' * (rounds > 1)} each, in rotated order. "
+            f"{described()} This page is written by `make bench-peers`; no "
             "figure on it is typed by hand.",
             "",
             *sections,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from job import Batch, Case, Pass, Result, joined
+from job import Batch, Case, Pass, Result, joined, plain_model
 
 import patchclamp as pc
 
@@ -34,9 +34,7 @@ def load_end_to_end(case: Case) -> Pass:
 def _model(case: Case) -> pc.Model:
     if case.texts:
         return pc.load(case.model)
-    from transformers import GPT2LMHeadModel
-
-    return pc.load(GPT2LMHeadModel.from_pretrained(case.model).eval())
+    return pc.load(plain_model(case))
 
 
 def _recording(case: Case, model: pc.Model) -> Pass:
