@@ -24,7 +24,7 @@ from patchclamp.model.tokenize import require_tokenizer
 from patchclamp.recording import run
 from patchclamp.recording.corpus import TensorCorpus, TextCorpus, tokenize
 
-PAIRS, FEWER_PAIRS = 15, 5
+PAIRS, FEWER_PAIRS = 15, 3
 BATCH_TOKENS = 4096
 LIMIT, LIMIT_WITH_GROUPS = 1.05, 1.15
 

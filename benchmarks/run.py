@@ -22,16 +22,11 @@ Speed is measured as a ratio, side by side in one run, never as a time alone. Th
 
 
 def main() -> None:
-    """Measure, print, write."""
-    sections = [
-        described(),
-        record_cost.main(),
-        memory.main(),
-        unembedding.main(),
-        correlation.main(),
-        cluster.main(),
-    ]
-    PAGE.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
+    """Measure, print, write: after each section, so that a run that is stopped leaves what it has."""
+    sections = [described()]
+    for each in (record_cost, memory, unembedding, correlation, cluster):
+        sections.append(each.main())
+        PAGE.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"\nwritten: {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
 
 

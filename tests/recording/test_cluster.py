@@ -93,14 +93,14 @@ def test_a_killed_worker_loses_nothing(machines: Any) -> None:
 
 
 def test_a_machine_that_comes_late_takes_part_and_one_that_goes_is_not_missed(machines: Any) -> None:
-    model, data = large(), labelled(1500)
+    model, data = large(), labelled(2500)
     alone = recorded(model, data)
     cluster, spread = pc.RayCluster(batches=2), []
     with beside(lambda: spread.append(recorded(model, data, cluster=cluster))):
         until(readers)
         late = machines.add_node(num_cpus=1)  # wants the main thread, for its signals
         came = time.time()
-        until(lambda: len(readers()) > 3, seconds=20)
+        until(lambda: len(readers()) > 3 or spread, seconds=120)
         machines.remove_node(late, allow_graceful=False)
     refuse_different(alone, spread[0])
     begun = min(each.began for each in cluster.reports)
