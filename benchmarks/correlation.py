@@ -7,13 +7,13 @@ alternate, block by block. What is done once at the end, the choice of each neur
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 
 import numpy as np
 import torch
 from peak import Peak, operations
+from resident import forget, most_resident
 
 from patchclamp.recording.correlate import _Best
 from patchclamp.recording.cross_moments import BLOCK_ROWS, CrossMoments
@@ -34,7 +34,7 @@ def main() -> str:
     peak = Peak([(neurons, BLOCK_ROWS, neurons)])
     moments = CrossMoments(neurons, neurons)
     needed = operations((neurons, BLOCK_ROWS, neurons))
-    held = _peak_memory()
+    held = forget()
     seconds, ratios, speeds, peaks = [], [], [], [peak()]
     for block in range(BLOCKS + 1):
         started = time.perf_counter()
@@ -51,7 +51,7 @@ def main() -> str:
     best = _Best(neurons, neurons, K, False)
     best.take(moments, slice(0, neurons))
     ending = time.perf_counter() - started
-    grown = _peak_memory() - held
+    grown = most_resident() - held
     whole = statistics.median(seconds) * TOKENS / BLOCK_ROWS
     lines = [
         "## Every neuron of one model with every neuron of another",
@@ -91,10 +91,6 @@ def _difference(moments: CrossMoments, batches: list[tuple[list[torch.Tensor], l
     expected = np.corrcoef(first, second, rowvar=False)[:CHECKED, CHECKED:]
     found = moments.r(slice(0, CHECKED), slice(0, CHECKED)).numpy()
     return float(np.abs(found - expected).max())
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

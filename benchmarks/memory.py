@@ -14,8 +14,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+from resident import most_resident
 
 SMALL, LARGE = 10_000, 1_000_000
 LIMIT = 50.0
@@ -95,7 +96,7 @@ def _measure(what: str) -> None:
                 for examples in corpus.batches(4096):
                     forward = corpus.forward(examples)
                     model.module(*forward.arguments, **forward.keywords)
-        memory.append((tokens, _most_resident()))
+        memory.append((tokens, most_resident()))
     run = prepare(model, texts[:50], "mlp.*", max_length=256, progress=False)
     expected = run._expected_bytes()
     run.calibrate(False)
@@ -111,14 +112,6 @@ def _measure(what: str) -> None:
         "memory": memory,
     }
     print(json.dumps(said))
-
-
-def _most_resident() -> int:
-    """Bytes. Not from `getrusage`: that counts what the parent process held when this one was forked."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say how much memory a process has held")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ compared with the mean of the peaks just before and just after it.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 
 import numpy as np
 import torch
 from peak import Peak, operations
+from resident import forget, most_resident
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import patchclamp as pc
@@ -41,7 +41,7 @@ def main() -> str:
     of_group = operations((neurons // len(sites) * SITES_AT_ONCE, width, vocabulary))
     readout.top_tokens(sites[0], K, progress=False)  # warm up
     # From here on: what a call takes more than the model and the peak's own matrices.
-    held = _peak_memory()
+    held = forget()
     ratios, both_ends, speeds, peaks = [], [], [], [peak()]
     for group in groups:
         started = time.perf_counter()
@@ -49,7 +49,7 @@ def main() -> str:
         speeds.append(of_group / (time.perf_counter() - started))
         peaks.append(peak())
         ratios.append(speeds[-1] / statistics.mean(peaks[-2:]))
-    grown = _peak_memory() - held
+    grown = most_resident() - held
     for group in groups[: len(groups) // SWEEPS]:
         started = time.perf_counter()
         readout.top_tokens(group, K, bottom=True, progress=False)
@@ -125,10 +125,6 @@ def _row(name: str, ratios: list[float], limit: str) -> str:
 def _gigaflops(speeds: list[float]) -> str:
     low, middle, high = (each / 1e9 for each in (min(speeds), statistics.median(speeds), max(speeds)))
     return f"{middle:.0f} GFLOP/s ({low:.0f} to {high:.0f})"
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

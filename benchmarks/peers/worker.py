@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import with_plain
 from job import Result, load_case
+from resident import forget, most_resident
 
 
 def main() -> None:
@@ -31,9 +32,9 @@ def main() -> None:
     case = load_case(inputs)
     plain, recorded = with_plain.load(case), adapter.load(case)
     plain(case.batches)  # warm up
-    before = _peak()
+    before = forget()
     result = recorded(case.batches)  # warm up
-    growth = _peak() - before
+    growth = most_resident() - before
     first, _ = _timed(lambda: plain(case.batches))
     ours, result = _timed(lambda: recorded(case.batches))
     second, _ = _timed(lambda: plain(case.batches))
@@ -57,11 +58,6 @@ def _timed(run: Callable[[], Result]) -> tuple[tuple[float, float], Result]:
     wall, processor = time.perf_counter(), time.process_time()
     result = run()
     return (time.perf_counter() - wall, time.process_time() - processor), result
-
-
-def _peak() -> int:
-    """Largest memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
