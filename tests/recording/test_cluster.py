@@ -23,6 +23,7 @@ from transformers import BertConfig, BertModel
 import patchclamp as pc
 from patchclamp.errors import ClusterError, DataError, MissingExtra, ModelError
 from patchclamp.recording import checkpoint
+from patchclamp.recording import cluster as cluster_module
 from patchclamp.recording.ragged import Ragged
 from patchclamp.recording.record import prepare
 
@@ -92,21 +93,34 @@ def test_a_killed_worker_loses_nothing(machines: Any) -> None:
         assert sum(each.loading > 0 for each in cluster.reports if each.process == process) <= 1
 
 
-def test_a_machine_that_comes_late_takes_part_and_one_that_goes_is_not_missed(machines: Any) -> None:
-    model, data = large(), labelled(2500)
+def test_a_machine_that_comes_late_takes_part_and_one_that_goes_is_not_missed(
+    machines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = large(), labelled(1500)
     alone = recorded(model, data)
-    cluster, spread = pc.RayCluster(batches=2), []
+    cluster, spread, delivered = pc.RayCluster(batches=2), [], threading.Event()
+    here: list[int] = []  # the raylet of the late machine, which is the parent of its workers
+    got = cluster_module._Reading._got
+
+    def seen(self: Any, report: Any, number: int, size: int) -> Any:
+        found = got(self, report, number, size)
+        if here and parent_of(found.process) == here[0]:
+            delivered.set()
+        # No more is sent meanwhile, so that something is left when the machine has started its worker.
+        delivered.wait(1.0)
+        return found
+
+    monkeypatch.setattr(cluster_module._Reading, "_got", seen)
     with beside(lambda: spread.append(recorded(model, data, cluster=cluster))):
         until(readers)
         late = machines.add_node(num_cpus=1)  # wants the main thread, for its signals
-        came = time.time()
-        until(lambda: len(readers()) > 3 or spread, seconds=120)
+        here.append(late.all_processes["raylet"][0].process.pid)
+        until(lambda: delivered.is_set() or spread)
+        took_part = delivered.is_set()
         machines.remove_node(late, allow_graceful=False)
+        delivered.set()
+    assert took_part, "the machine that came late read nothing"
     refuse_different(alone, spread[0])
-    begun = min(each.began for each in cluster.reports)
-    later = {each.process for each in cluster.reports if each.began > came}
-    first = {each.process for each in cluster.reports if each.began < begun + 0.5}
-    assert later - first, "the machine that came late read nothing"
 
 
 def test_tensors_and_images(machines: Any) -> None:
@@ -317,6 +331,15 @@ def readers() -> list[int]:
         except OSError:
             continue
     return found
+
+
+def parent_of(process: int) -> int:
+    """Its parent process; 0 for one that is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) for line in lines if line.startswith("PPid:"))
 
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
