@@ -25,7 +25,7 @@ from patchclamp.recording import run
 from patchclamp.recording.corpus import TensorCorpus, TextCorpus, tokenize
 
 PAIRS, FEWER_PAIRS = 15, 3
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 LIMIT, LIMIT_WITH_GROUPS = 1.05, 1.15
 
 

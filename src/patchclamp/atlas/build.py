@@ -33,7 +33,7 @@ def build(
     *,
     sites: str | Site | Iterable[str | Site] = "mlp.*",
     max_length: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     correlate_tokens: int = 50_000,
     seed: int = 0,
     progress: bool = True,
@@ -47,7 +47,7 @@ def build(
             an older atlas there is replaced.
         sites: whose neurons.
         max_length: longest text in tokens; default: what model and tokenizer can take.
-        batch_tokens: padded tokens of one forward pass.
+        batch_tokens: padded tokens of one forward pass; default: 2,048 on a processor, else 4,096.
         correlate_tokens: at most so many tokens are looked at for the nearest neurons, special ones included;
             0 leaves the nearest neurons out.
         seed: draws the samples for thresholds and correlations.

@@ -12,6 +12,7 @@ from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
 from patchclamp.recording.corpus import Corpus
+from patchclamp.recording.forward import batch_tokens_for
 from patchclamp.recording.stream import stream
 
 # Pairs of sites are correlated in as many passes over the sample as it takes to stay below this.
@@ -25,7 +26,7 @@ def neighbors(
     *,
     number: int = 5,
     tokens: int = 50_000,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pl.DataFrame:
@@ -38,7 +39,7 @@ def neighbors(
             an expert have partners in that expert only.
         number: how many partners in its own layer, and how many in the next.
         tokens: at most so many tokens are looked at, special ones included, of examples drawn with `seed`.
-        batch_tokens: padded tokens of one forward pass.
+        batch_tokens: padded tokens of one forward pass; default: 2,048 on a processor, else 4,096.
         seed: draws the sample.
         progress: draw a progress bar.
 
@@ -47,7 +48,7 @@ def neighbors(
         `relation` ("layer" or "next"). A neuron that never changes, but for a rounding, has no partners.
         Rows with a NaN or an infinity at one of two sites are left out for this pair.
     """
-    batches = corpus.batches(batch_tokens, corpus.sample(tokens, seed))
+    batches = corpus.batches(batch_tokens_for(model, batch_tokens), corpus.sample(tokens, seed))
     frames = []
     groups = _grouped(_pairs(sites))
     total = sum(int(corpus.lengths[each].sum()) for each in batches) * len(groups)

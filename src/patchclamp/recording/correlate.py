@@ -21,6 +21,7 @@ from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
 from patchclamp.recording.corpus import Reading
 from patchclamp.recording.cross_moments import BLOCK_ROWS, CrossMoments
+from patchclamp.recording.forward import batch_tokens_for
 from patchclamp.recording.model_correlation import ModelCorrelation
 from patchclamp.recording.paired_rows import ModelRows, PairedRows, Per, RecordedRows
 from patchclamp.recording.positions import Choice, Positions
@@ -44,7 +45,7 @@ def correlate(
     matrix: bool = False,
     memory: int | None = None,
     max_length: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     special_tokens: bool = False,
     positions: str | Choice = "all",
     progress: bool = True,
@@ -69,7 +70,7 @@ def correlate(
         memory: most bytes for what is summed and kept. Default: half of the machine's, on a GPU four fifths of what
             is free there.
         max_length: longest text in tokens, as for `record`.
-        batch_tokens: padded tokens of one forward pass.
+        batch_tokens: padded tokens of one forward pass; default: 2,048 on a processor, else 4,096.
         special_tokens: count the tokens that the tokenizer adds too.
         positions: which tokens of a text count, as for `record`.
         progress: draw a progress bar, and say beforehand how many passes and bytes it takes.
@@ -116,19 +117,17 @@ def _model_rows(
     data: Any,
     sites: tuple[Any, Any],
     reading: Reading,
-    batch_tokens: int,
+    batch_tokens: int | None,
     per: Per,
     show: bool,
 ) -> ModelRows:
-    if batch_tokens < 1:
-        raise DataError(f"batch_tokens is a number of tokens, at least 1; not {batch_tokens}")
     first, second = (each if isinstance(each, Model) else load(each) for each in given)
     chosen = (first.select(sites[0]), second.select(sites[1]))
     if not all(chosen):
         raise DataError("no sites are asked for: sites='mlp.*' takes every MLP")
     accepted = as_data(data)
     corpora = (_corpus(first, accepted, reading, show), _corpus(second, accepted, reading, show))
-    return ModelRows((first, second), corpora, chosen, batch_tokens, per)
+    return ModelRows((first, second), corpora, chosen, batch_tokens_for(first, batch_tokens), per)
 
 
 # Passes ---------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class Fused:
                 each[:] = before
             return False
         if moments is not None:
-            moments.join(len(rows), *_moments(len(rows), shift, sums, squares))
+            _join(moments, len(rows), shift, sums, squares)
         if rate is not None:
             rate.count_up(len(rows), torch.from_numpy(fired.T))
         if extremes is not None:
@@ -150,7 +150,7 @@ def _by_label(summary: ByLabel, values: np.ndarray, rows: PassRows) -> None:
         for place, code in enumerate(codes.tolist()):
             number = int(starts[place + 1] - starts[place])
             if (moments := groups[code].get("moments")) is not None:
-                moments.join(number, *_moments(number, shift, sums[place], squares[place]))
+                _join(moments, number, shift, sums[place], squares[place])
             if rate is not None:
                 groups[code]["firing_rate"].count_up(number, torch.from_numpy(fired[place].T))
         summary.count_up(label, torch.from_numpy(codes), torch.from_numpy(np.diff(starts)))
@@ -178,12 +178,12 @@ def _thresholds(rate: Any, values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rate.tensors["thresholds"].numpy().T.astype(values.dtype))
 
 
-def _moments(
-    number: int, shift: np.ndarray, sums: np.ndarray, squares: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sum of squared deviations, from sums of what exceeds the shift."""
-    above = sums / number
-    return torch.from_numpy(shift + above), torch.from_numpy(np.maximum(squares - sums * above, 0.0))
+def _join(moments: Any, number: int, shift: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> None:
+    """Take in rows of which these sums of what exceeds the shift are known."""
+    from patchclamp.recording.kernel import join_moments
+
+    held = (moments.tensors[name].numpy().reshape(-1) for name in ("count", "mean", "deviation"))
+    join_moments(number, shift, sums, squares, *held)
 
 
 def _in_threads(size: int, loop: Callable[..., Any], before: tuple, after: tuple) -> list[Any]:

@@ -77,6 +77,37 @@ def sweep(
 
 
 @_compiled
+def join_moments(
+    number: int,
+    shift: np.ndarray,
+    sums: np.ndarray,
+    squares: np.ndarray,
+    count: np.ndarray,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+) -> None:
+    """As `Moments.join`, of what `sweep` has added up over some rows.
+
+    Args:
+        number: of the rows.
+        shift: [size] float64, as `sweep` was given it; may be `mean` itself.
+        sums: [size] float64.
+        squares: [size] float64.
+        count: [1] int64, is added to: rows before these.
+        mean: [size] float64, of the rows before, becomes that of all.
+        deviation: [size] float64, the sum of squared deviations of the rows before, becomes that of all.
+    """
+    share = number / (count[0] + number)
+    for column in range(len(sums)):
+        above = sums[column] / number
+        difference = shift[column] + above - mean[column]
+        own = max(squares[column] - sums[column] * above, 0.0)
+        deviation[column] += own + difference * difference * (count[0] * share)
+        mean[column] += difference * share
+    count[0] += number
+
+
+@_compiled
 def sweep_groups(
     values: np.ndarray,
     rows: np.ndarray,

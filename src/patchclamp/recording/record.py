@@ -21,6 +21,7 @@ from patchclamp.recording.checkpoint import checkpoints, clear
 from patchclamp.recording.cluster import RayCluster
 from patchclamp.recording.corpus import Reading, TensorCorpus, TextCorpus, tokenize
 from patchclamp.recording.facts import differences, facts_of
+from patchclamp.recording.forward import batch_tokens_for
 from patchclamp.recording.image_corpus import ImageCorpus
 from patchclamp.recording.mirror import check_writable
 from patchclamp.recording.packable import pack
@@ -51,7 +52,7 @@ def record(
     store: str | os.PathLike[str] | None = None,
     activations: bool = False,
     max_length: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
     special_tokens: bool = False,
@@ -79,7 +80,7 @@ def record(
         max_length: longest text in tokens, special ones included; longer ones are cut. Default: the smaller of
             the tokenizer's and the model's own limit.
         batch_tokens: padded tokens of one forward pass; an image counts as its patches, or as 128 tokens where the
-            model has none. It does not change the result.
+            model has none. It does not change the result. Default: 2,048 on a processor, else 4,096.
         seed: draws the sample that relative thresholds are calibrated on.
         progress: draw a progress bar, and say beforehand what memory the summaries take.
         special_tokens: count the tokens that the tokenizer adds too. Padding never counts.
@@ -144,7 +145,7 @@ def record(
     for name, each in run.templates.items():
         Summary.from_parameters(name, each.parameters())  # what could not be opened again is refused now
     # Beside the store, because all activations may be more than the folder for temporary files can take.
-    with checkpoints(target, run.facts, batch_tokens) as work:
+    with checkpoints(target, run.facts, run.batch_tokens) as work:
         if (found := _found(target, run.facts)) is not None:  # another process may just have ended
             return found
         run.scratch = work.folder
@@ -162,7 +163,7 @@ def prepare(
     *,
     activations: bool = False,
     max_length: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
     special_tokens: bool = False,
@@ -173,8 +174,7 @@ def prepare(
     memory: int | None = None,
 ) -> Run:
     """All of `record` that comes before the pass: check what was asked for, tokenize, try packing."""
-    if batch_tokens < 1:
-        raise DataError(f"batch_tokens is a number of tokens, at least 1; not {batch_tokens}")
+    batch_tokens = batch_tokens_for(model, batch_tokens)
     chosen = model.select(sites)
     if not chosen:
         raise DataError("no sites are asked for: sites='mlp.*' takes every MLP; model.explain_sites() lists the others")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from patchclamp.model.site import Site
 from patchclamp.model.taps import Seen, Tap
 from patchclamp.recording.batch import Batch
 from patchclamp.recording.corpus import Corpus, Forward, Rows, TextCorpus
+from patchclamp.recording.heap import kept_for_reuse
 from patchclamp.recording.image_corpus import ImageCorpus, tower
 from patchclamp.recording.pass_rows import PassRows
 
@@ -42,6 +44,10 @@ class Read:
 
 _FEW = 8
 
+# module -> sites -> positions of the longest example of which a whole pass showed that it reaches each site once,
+# with all its positions at once.
+_reached_once: WeakKeyDictionary[nn.Module, dict[tuple[Site, ...], int]] = WeakKeyDictionary()
+
 # Shown a site, what all positions of a pass did there [positions, size], and which of them count, it says whether it
 # has taken all that it wants of them. It is asked while the pass is still running.
 Taker = Callable[[Site, torch.Tensor, PassRows], bool]
@@ -57,7 +63,8 @@ def stream(
     """One `Read` per batch of examples. A batch is given only when all its sites have been read.
 
     Hooks and evaluation mode last for one forward pass: whatever becomes of the caller, none is left behind. What
-    comes after the last of the sites is not computed, if a whole pass of one example shows that each is reached once.
+    comes after the last of the sites is not computed, if a whole pass of one example shows that each is reached once;
+    for the same sites of the same module, and examples that are no longer, it is not made again.
 
     Args:
         model: the model.
@@ -76,17 +83,27 @@ def stream(
 
     def run(examples: np.ndarray, taker: Taker | None, stops: bool) -> _Pass:
         forward = corpus.forward(examples)
-        under_way = _Pass(sites, forward, corpus, taker, stops)
+        under_way = _Pass(sites, forward, corpus, taker, stops, only_whole)
         with suppress(_Enough), model.evaluating(), torch.no_grad(), tapped(model.module, under_way.taps()):
             module(*forward.arguments, **forward.keywords, **quiet)
         return under_way
 
-    stops = False
-    if _worth_a_trial(batches) and _stoppable(module, sites):
-        # Of the longest example, as a block that computes its MLP in pieces makes most of them for it.
-        stops = all(calls == 1 for calls in run(batches[0][:1], None, False).calls.values())
-    for examples in batches:
-        yield run(examples, taker, stops).read()
+    stops = only_whole = False
+    with kept_for_reuse() as memory:
+        if _worth_a_trial(batches) and _stoppable(module, sites):
+            # Of the longest example, as a block that computes its MLP in pieces makes most of them for it.
+            known = _reached_once.setdefault(module, {})
+            longest = int(corpus.lengths[batches[0][0]])
+            stops = known.get(tuple(sites), -1) >= longest
+            if not stops:
+                trial = run(batches[0][:1], None, False)
+                stops = all(calls == 1 for calls in trial.calls.values())
+                if stops and trial.whole:
+                    known[tuple(sites)] = longest
+            only_whole = tuple(sites) in known
+        for examples in batches:
+            yield run(examples, taker, stops).read()
+            memory.batch_done()
 
 
 class _Enough(Exception):
@@ -97,14 +114,21 @@ class _Pass:
     """One forward pass under way, and what its sites have shown."""
 
     def __init__(
-        self, sites: Sequence[Site], forward: Forward, corpus: Corpus, taker: Taker | None, stops: bool
+        self,
+        sites: Sequence[Site],
+        forward: Forward,
+        corpus: Corpus,
+        taker: Taker | None,
+        stops: bool,
+        only_whole: bool,
     ) -> None:
         self._sites, self._forward, self._corpus = sites, forward, corpus
         self._taker, self._missing = taker, {site.name for site in sites} if stops else set()
-        self._stops = stops
+        self._stops, self._only_whole = stops, only_whole
         self._rows: dict[int, PassRows] = {}
         self._captured: dict[str, list[Seen]] = {site.name: [] for site in sites}
         self.calls = {site.name: 0 for site in sites}
+        self.whole = True  # whether each call showed all positions of the batch
         self.taken: set[str] = set()
 
     def taps(self) -> list[Tap]:
@@ -126,6 +150,9 @@ class _Pass:
 
     def _see(self, site: Site, seen: Seen) -> torch.Tensor:
         self.calls[site.name] += 1
+        rows = self._rows_of(site)
+        if rows is None or seen.place is not None or list(seen.tensor.shape[:-1]) != list(rows.rows.shape):
+            self.whole = False
         if site.name in self.taken:
             raise ModelError(several_calls(site, self.calls[site.name]))
         if self._taker is not None and self.calls[site.name] == 1 and self._take(site, seen, self._taker):
@@ -134,7 +161,8 @@ class _Pass:
             self._captured[site.name].append(kept(site, seen))
         if self._stops:
             self._missing.discard(site.name)
-            if not self._missing:
+            # What an earlier pass showed may no longer be so: pieces of the positions mean that more of them follow.
+            if not self._missing and (self.whole or not self._only_whole):
                 raise _Enough
         return seen.tensor
 
