@@ -2,8 +2,9 @@
 
 Both sides read the same data, form the same length-bucketed batches and run the same model as far as the last
 recorded site; only the plain side keeps nothing. The two alternate in adjacent pairs, in rotated order, and the
-ratio is taken pair by pair. The weights are hashed once, outside the timed loop. Afterwards the summaries are
-compared with brute force on all activations.
+ratio is taken pair by pair. What is done once for a loaded model happens outside the timed loop: the weights are
+hashed, and one example is run whole to see that each site is reached once. Afterwards the summaries are compared with
+brute force on all activations.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main() -> str:
         "",
         "The plain pass reads the same batches and stops at the last recorded site, as recording does. All MLP sites; "
         f"batches of {BATCH_TOKENS:,} padded tokens. The usual four are `Moments`, `FiringRate(0.0)`, `MinMax`, "
-        f"`TopExamples(20)`; {PAIRS} adjacent pairs, {FEWER_PAIRS} for the other rows.",
+        f"`TopExamples(20)`; {PAIRS} adjacent pairs, {FEWER_PAIRS} for the other rows. "
+        "Once for a loaded model, and not timed: its weights are hashed, and one example is run whole, to see that "
+        "each site is reached once.",
     ]
     for case in (_sentences(), _gpt2_shape()):
         parts += ["", *_measured(case)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.recording import tiny
@@ -81,3 +82,31 @@ def test_a_module_that_is_called_again_in_a_later_pass_is_an_error() -> None:
     data = pc.Tensors(torch.arange(9).reshape(3, 3))
     with pytest.raises(pc.errors.ModelError, match="calls the module first 2 times"):
         recorded(pc.load(Sometimes().eval()), data, ["module:first", "module:last"], [pc.Moments()], batch_tokens=6)
+
+
+def test_the_whole_pass_is_made_once_for_a_model_and_its_sites() -> None:
+    model, counter = counting()
+    assert model.sites
+    counter.calls = 0
+    short, long = [" ".join(tiny.WORDS[:5])] * 8, [" ".join(tiny.WORDS[:9])] * 8
+    for texts, site, calls in [
+        (short, "mlp.0", 1),
+        (short, "mlp.0", 1),
+        (short, "mlp.1", 2),
+        (long, "mlp.0", 3),
+        (short, "mlp.0", 3),
+    ]:
+        recorded(model, texts, site, [pc.Moments()], batch_tokens=22)
+        assert counter.calls == calls
+
+
+def test_a_feed_forward_that_is_cut_into_pieces_later_is_read_whole() -> None:
+    texts, words = [" ".join(tiny.WORDS[:6])] * 4 + [" ".join(tiny.WORDS[3:9])] * 8, tiny.tokenizer()
+    model = pc.load(tiny.bert(), tokenizer=words)
+    once = recorded(model, texts, "mlp.*", [pc.Moments(), pc.TopExamples(3)], batch_tokens=24)
+    for number in range(tiny.LAYERS):
+        model.module.get_submodule(f"encoder.layer.{number}").chunk_size_feed_forward = 4  # type: ignore[assignment]
+    pieces = recorded(model, texts, "mlp.*", [pc.Moments(), pc.TopExamples(3)], batch_tokens=24)
+    for name in once:
+        assert pieces[name].count == once[name].count == 12 * 6
+        np.testing.assert_allclose(pieces[name].moments.mean, once[name].moments.mean, atol=1e-6)

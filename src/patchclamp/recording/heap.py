@@ -27,6 +27,12 @@ _FIRST = 4  # batches until memory is what it will stay
 _BETWEEN = 8  # batches at least between two times, as the next one has to ask for all its pages
 
 
+def give_back() -> None:
+    """Return what was freed to the system."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
 @contextmanager
 def kept_for_reuse() -> Iterator[Watch]:
     """Freed memory stays for the next batch; `Watch.batch_done` is to be called after each."""

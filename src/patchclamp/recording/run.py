@@ -23,12 +23,15 @@ from patchclamp.recording.checkpoint import Checkpoints, Done
 from patchclamp.recording.cluster import RayCluster
 from patchclamp.recording.corpus import Corpus, TextCorpus
 from patchclamp.recording.fused import available
+from patchclamp.recording.heap import give_back
 from patchclamp.recording.recording import Recording, SiteRecording
 from patchclamp.recording.stream import Read, finite_rows, stream
 from patchclamp.recording.summaries import ByLabel, ByToken, Histogram, MinMax, Summary
 from patchclamp.recording.windows import Windows
 
 _CALIBRATION_TOKENS = 16_384
+# So many batches that it is not felt if the first has to ask anew for what tokenizing and calibrating left behind.
+_MANY = 64
 # What waits to be written among the arrays of a checkpoint; no site is called so.
 _WAITING = "\nwaiting\n"
 
@@ -89,6 +92,8 @@ class Run:
         held = Accumulation(self.plan, self._limit() - (expected or 0), self.scratch)
         writers: dict[str, ActivationWriter] = {}
         batches, first = self.corpus.batches(self.batch_tokens), 0
+        if len(batches) > _MANY:
+            give_back()
         if done is not None:
             first, writers = done.batches, _taken_up(done, folder)
             held.restore(done.arrays, done.accumulated)
