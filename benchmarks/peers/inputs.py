@@ -15,7 +15,7 @@ import patchclamp as pc
 from patchclamp.recording.corpus import TensorCorpus, TextCorpus, tokenize
 
 SEQUENCES, LENGTH, LINES = 32, 128, 8
-TEXTS, BATCH_TOKENS, TEXTS_IN_A_BATCH = 400, 4096, 32
+TEXTS, BATCH_TOKENS, TEXTS_IN_A_BATCH = 400, 2048, 32
 
 
 def made(folder: Path, sequences: int = SEQUENCES, texts: int = TEXTS) -> list[str]:
