@@ -130,6 +130,23 @@ def test_an_error_says_that_what_was_done_is_kept(
             assert np.array_equal(left.values[:], right.values[:]) and np.array_equal(left.token[:], right.token[:])
 
 
+def test_a_chunk_that_was_half_written_leaves_nothing_behind(tmp_path: Path, often: None) -> None:
+    """Zarr writes a file beside its place and moves it there; a process that is killed in that moment leaves it."""
+    failing(THIRD_BATCH, RuntimeError("stopped"), tmp_path / "store", activations=True)
+    work = tmp_path / ".store.partial"
+    written = list(work.rglob("zarr.json"))
+    assert written
+    for file in written:
+        file.with_suffix(f".{'5e' * 16}.partial").write_bytes(b"half")
+    again = recorded(model_of(), tiny.texts(), "mlp.*", SUMMARIES, store=tmp_path / "store", activations=True)
+    whole = recorded(model_of(), tiny.texts(), "mlp.*", SUMMARIES, store=tmp_path / "whole", activations=True)
+    files = [
+        {each.relative_to(store) for each in store.rglob("*")} for store in (tmp_path / "store", tmp_path / "whole")
+    ]
+    assert files[0] == files[1]
+    assert same(again, whole)
+
+
 def test_work_that_was_left_beside_a_whole_store_goes(tmp_path: Path) -> None:
     recorded(model_of(), tiny.texts(), "mlp.*", [pc.Moments()], store=tmp_path / "store")
     (tmp_path / ".store.partial").mkdir()

@@ -134,6 +134,9 @@ class ActivationWriter:
         import zarr
 
         writer = cls.__new__(cls)
+        # Zarr writes a chunk beside its place and moves it there: a process that was killed in between leaves that.
+        for torn in Path(zarr_group(folder, site)).rglob("*.partial"):
+            torn.unlink(missing_ok=True)
         group: Any = zarr.open_group(zarr_group(folder, site), mode="r+")
         columns = {}
         for name in ("values", *_INDICES):
