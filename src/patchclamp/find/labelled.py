@@ -9,7 +9,8 @@ dealt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -40,6 +41,7 @@ class Labelled:
     categories: tuple[str, ...]
     codes: np.ndarray | None
     scored: tuple[int, ...]
+    _made: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     def dealt(self, codes: np.ndarray) -> Labelled:
         """The same with other labels."""
@@ -57,7 +59,10 @@ class Labelled:
         summaries = self.recording[site].summaries
         pooled, by_label = summaries.get("pooled"), summaries.get("by_label")
         if self.codes is not None and isinstance(pooled, Pooled) and pooled.how == "fired" and _is(pooled, threshold):
-            return self._weighted(pooled.values, self.codes, self._positions(site))
+            fired = self._once(("fired", site), lambda: np.nan_to_num(np.asarray(pooled.values, np.float32)))
+            which = self._which(self.codes, self._positions(site))
+            which /= np.maximum(which.sum(1, keepdims=True), 1e-30)
+            return (which @ fired).T.astype(np.float64)
         if self.name is not None and isinstance(by_label, ByLabel) and self.name in by_label.labels:
             rate = by_label.templates.get("firing_rate")
             places = [] if rate is None else [n for n, each in enumerate(_thresholds(rate)) if each == threshold]
@@ -68,6 +73,40 @@ class Labelled:
         else:
             wanted = f"pc.ByLabel(of=[pc.FiringRate({threshold})]), or pc.Pooled('fired', {threshold})"
         raise DataError(f"{site}: how often neurons fire in each category is not there: record with {wanted}")
+
+    def moments(self, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Means and variances `[neurons, categories]`, and how many rows `[categories]`: float64.
+
+        From `ByLabel(of=[Moments])`, whose rows are tokens, or from `Pooled`, whose rows are examples.
+
+        Raises:
+            DataError: the recording has neither.
+        """
+        summaries = self.recording[site].summaries
+        pooled, by_label = summaries.get("pooled"), summaries.get("by_label")
+        if self.codes is not None and isinstance(pooled, Pooled):
+            centre, values, squares, there = self._once(("moments", site), lambda: _centred(pooled.values))
+            which = self._which(self.codes, there.astype(np.float32))
+            count = which.sum(1, dtype=np.float64)
+            self._refuse_empty(count.tolist())
+            mean = (which @ values / count[:, None]).T.astype(np.float64)
+            variance = (which @ squares / count[:, None]).T - mean**2
+            return mean + centre[:, None], variance.clip(min=0.0), count
+        if self.name is not None and isinstance(by_label, ByLabel) and "moments" in by_label.templates:
+            count = by_label.count(self.name)
+            self._refuse_empty(count.tolist())
+            groups = [by_label.of(self.name, each).moments for each in self.categories]
+            mean, variance = (np.stack([getattr(each, what) for each in groups], 1) for what in ("mean", "variance"))
+            return mean, variance, count.astype(np.float64)
+        raise DataError(
+            f"{site}: what neurons do in each category is not there: record with pc.ByLabel() and a label of the data, "
+            "or pc.Pooled('mean')"
+        )
+
+    def _refuse_empty(self, counts: Sequence[int]) -> None:
+        for category, number in zip(self.categories, counts, strict=True):
+            if not number:
+                raise DataError(f"the category {category!r} has no position that counts")
 
     def pooled(self, site: str, how: Sequence[str] = ("max", "mean", "last", "fired")) -> np.ndarray:
         """`[examples with positions, neurons]` float32, one number for each example.
@@ -81,11 +120,17 @@ class Labelled:
             raise DataError(f"{site}: a number for each example is wanted{there}: record with pc.Pooled({how[0]!r})")
         return np.asarray(pooled.values, np.float32)
 
-    def _weighted(self, values: np.ndarray, codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        shares = np.zeros((len(self.categories), len(codes)), np.float32)
-        shares[codes, np.arange(len(codes))] = weights
-        shares /= np.maximum(shares.sum(1, keepdims=True), 1e-30)
-        return (shares @ np.nan_to_num(np.asarray(values, np.float32))).T.astype(np.float64)
+    def _which(self, codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """`[categories, examples]` float32: the weight of each example, in the row of its category."""
+        which = np.zeros((len(self.categories), len(codes)), np.float32)
+        which[codes, np.arange(len(codes))] = weights
+        return which
+
+    def _once(self, key: tuple[str, str], make: Callable[[], Any]) -> Any:
+        """What does not depend on the labels is made once for all deals of them."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _positions(self, site: str) -> np.ndarray:
         positions = self.recording.positions
@@ -180,6 +225,14 @@ def table(
         frame |= {"p": found.p, "q": found.q}
     order = np.argsort(-np.asarray(frame["score"]), kind="stable")
     return Neurons.from_polars(pl.DataFrame(frame)[order])
+
+
+def _centred(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Means `[neurons]`, what exceeds them and its squares `[examples, neurons]`, which examples have values."""
+    there = ~np.isnan(values[:, 0])
+    centre = np.nanmean(values, axis=0, dtype=np.float64)
+    above = np.nan_to_num(np.asarray(values, np.float64) - centre).astype(np.float32)
+    return centre, above, above**2, there
 
 
 def _thresholds(rate: Summary) -> list[float]:

@@ -26,18 +26,32 @@ def average_precision(right: np.ndarray, score: np.ndarray) -> np.ndarray:
         DataError: none is right, a score is not finite, or the lengths differ.
     """
     right, score = _checked(right, score)
-    order = np.argsort(-score, axis=0, kind="stable")
-    hits = right[order].astype(np.float64)
-    ranked = np.take_along_axis(score, order, 0)
-    # The last of each run of equal scores is where a threshold lies.
-    last = np.ones_like(hits, bool)
-    last[:-1] = ranked[1:] != ranked[:-1]
-    recalled = hits.cumsum(0)
-    precision = recalled / np.arange(1, len(hits) + 1)[:, None]
-    reached = np.where(last, recalled, 0.0)
-    before = np.zeros_like(reached)
-    before[1:] = np.maximum.accumulate(reached, axis=0)[:-1]
-    return np.squeeze((np.where(last, recalled - before, 0.0) * precision).sum(0) / right.sum())
+    return np.squeeze(Ranked(score).average_precision(right))
+
+
+class Ranked:
+    """Scores that are sorted once, for average precisions with one label after the other.
+
+    Args:
+        score: `[items, columns]`, finite.
+    """
+
+    def __init__(self, score: np.ndarray) -> None:
+        order = np.argsort(-score, axis=0, kind="stable")
+        ranked = np.take_along_axis(score, order, 0)
+        # The last of each run of equal scores is where a threshold lies.
+        self._last = np.ones(score.shape, bool)
+        self._last[:-1] = ranked[1:] != ranked[:-1]
+        self._order = order.astype(np.int32)
+        self._places = np.arange(1, len(score) + 1, dtype=np.float64)[:, None]
+
+    def average_precision(self, right: np.ndarray) -> np.ndarray:
+        """`[columns]` float64, of `right` `[items]` bool, some of which are."""
+        recalled = right[self._order].cumsum(0, dtype=np.int32)
+        reached = np.where(self._last, recalled, 0)
+        before = np.zeros_like(reached)
+        np.maximum.accumulate(reached[:-1], axis=0, out=before[1:])
+        return (np.where(self._last, recalled - before, 0) * (recalled / self._places)).sum(0) / right.sum()
 
 
 def roc_auc(right: np.ndarray, score: np.ndarray) -> np.ndarray:
