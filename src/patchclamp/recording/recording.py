@@ -91,6 +91,9 @@ class Recording:
         path: the folder it was read from or written to, or the place in an object store; or None.
         activations_folder: the folder of the Zarr arrays, one group a site; None where they were not kept.
         folds: `[examples]` uint8, the fold of each example: 0 for describing, 1 for scoring.
+        codes: label of the examples -> `[examples]` int32, the place of each one's category in `labels`; without the
+            labels of tokens.
+        positions: `[examples]` int64, how many positions of each count; empty where only the model knows.
         documents: of which document each example is a window, and where in it; None where examples are whole texts.
             `recording.documents.place(example)` and `.examples(document)` answer.
         store: what it was read from, or None: it keeps what was fetched from an object store.
@@ -106,6 +109,8 @@ class Recording:
     activations_folder: Path | None = None
     folds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     documents: Documents | None = None
+    codes: dict[str, np.ndarray] = field(default_factory=dict)
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     store: OpenedStore | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, site: str | Site) -> SiteRecording:
@@ -157,6 +162,16 @@ class Recording:
         """Label -> category of an example that the recording shows; `{}` for another."""
         return self.labels_of_examples.get(int(example), {})
 
+    def categories_of_examples(self, label: str) -> np.ndarray:
+        """`[examples]` of `str`: the category of every example, whether the recording shows it or not.
+
+        Raises:
+            UnknownName: no such label of the examples (labels of tokens are in `ByLabel` only).
+        """
+        if label not in self.codes:
+            raise unknown("label of the examples", label, self.codes)
+        return np.asarray(self.labels[label])[self.codes[label]]
+
     def text(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The tokens of these ids as they read in a text."""
         return [self.vocabulary.get(int(each), "�") for each in ids]
@@ -185,6 +200,8 @@ class Recording:
             self.labels_of_examples,
             folds=self.folds,
             documents=self.documents,
+            codes=self.codes,
+            positions=self.positions,
         )
 
     def save(self, path: str | os.PathLike[str], replace: bool = True) -> None:
@@ -268,7 +285,9 @@ class Recording:
             | {name: [labels[name] for _, labels in shown] for name in self.labels},
             schema={"example": pl.Int64} | dict.fromkeys(self.labels, pl.String),
         ).write_parquet(folder / "examples.parquet")
-        of_examples = {"fold": self.folds} | (self.documents.state() if self.documents is not None else {})
+        of_examples = {"fold": self.folds, "positions": self.positions}
+        of_examples |= {_CODE + name: codes for name, codes in self.codes.items()}
+        of_examples |= self.documents.state() if self.documents is not None else {}
         save_file(of_examples, folder / _EXAMPLES)
         if self.activations_folder is not None:
             self._copy_activations(self.activations_folder, folder / "activations")
@@ -303,7 +322,7 @@ class Recording:
         }
 
 
-_EXAMPLES = "examples.safetensors"
+_EXAMPLES, _CODE = "examples.safetensors", "code/"
 
 
 def _file_name(site: str, large: bool = False) -> str:
@@ -359,6 +378,8 @@ def _opened(store: OpenedStore) -> Recording:
         folder / "activations" if manifest["activations"] else None,
         arrays_of_examples["fold"],
         Documents.restored(arrays_of_examples) if manifest["documents"] else None,
+        {name[len(_CODE) :]: each for name, each in arrays_of_examples.items() if name.startswith(_CODE)},
+        arrays_of_examples.get("positions", np.zeros(0, np.int64)),
         store,
     )
 

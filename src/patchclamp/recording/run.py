@@ -246,7 +246,14 @@ class Run:
             activations_folder=folder,
             folds=self.corpus.folds,
             documents=self.corpus.documents if isinstance(self.corpus, TextCorpus) else None,
+            codes=dict(self.corpus.codes),
+            positions=self._positions(),
         )
+
+    def _positions(self) -> np.ndarray:
+        if not len(self.corpus.counts):  # how many an image has, only the model knows
+            return np.zeros(0, np.int64)
+        return np.asarray(self.corpus.counted if isinstance(self.corpus, TextCorpus) else self.corpus.lengths, np.int64)
 
     def _windows(self, by_site: Mapping[str, SiteRecording]) -> dict[str, Windows]:
         if not len(self.corpus.counts):
