@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchclamp import find as find
+    from patchclamp import statistics as statistics
     from patchclamp.atlas import Atlas as Atlas
     from patchclamp.atlas import NeuronCard as NeuronCard
     from patchclamp.data import Chats as Chats
@@ -102,6 +103,7 @@ _HOME = {
     "load": "patchclamp.model",
     "patch": "patchclamp.intervene",
     "record": "patchclamp.recording",
+    "statistics": "patchclamp.statistics",
     "record_over": "patchclamp.recording",
     "scale": "patchclamp.intervene",
 }

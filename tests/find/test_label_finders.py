@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
 from tests.find.planted import network, of_values
 
@@ -82,14 +82,10 @@ def test_the_table(name: str) -> None:
     assert [KINDS[place] for place in per_label.argmax(1)] == found["label"].to_list()
     one = FINDERS[name](recording, "kind", positive="b")
     assert set(one["label"]) == {"b"} and "score_a" not in one.columns
-    with network_of(values) as model, model.intervene(pc.ablate(found.top(2))):
-        pass
-
-
-def network_of(values: np.ndarray) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext(pc.load(network(values.shape[1])))
+    model, given = pc.load(network(values.shape[1])), torch.ones(1, values.shape[1])
+    before = model(given)
+    with model.intervene(pc.ablate(found.top(2))):
+        assert not torch.equal(model(given), before)
 
 
 @pytest.mark.parametrize("name", FINDERS)
@@ -103,8 +99,8 @@ def test_order_of_examples_and_names_of_labels_do_not_matter(name: str) -> None:
     for other in (moved, renamed):
         for table in (found, other):
             assert table.sites == ["mlp.0"]
-        by_index = [table.to_polars().sort("index")["score"].to_numpy() for table in (found, other)]
-        np.testing.assert_allclose(*by_index, atol=1e-5)
+        one, two = (table.to_polars().sort("index")["score"].to_numpy() for table in (found, other))
+        np.testing.assert_allclose(one, two, atol=1e-5)
     assert renamed["label"].to_list()[:3] == [names[each] for each in found["label"].to_list()[:3]]
 
 

@@ -230,7 +230,7 @@ def table(
 def _centred(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Means `[neurons]`, what exceeds them and its squares `[examples, neurons]`, which examples have values."""
     there = ~np.isnan(values[:, 0])
-    centre = np.nanmean(values, axis=0, dtype=np.float64)
+    centre = np.asarray(np.nanmean(values, axis=0, dtype=np.float64))
     above = np.nan_to_num(np.asarray(values, np.float64) - centre).astype(np.float32)
     return centre, above, above**2, there
 
