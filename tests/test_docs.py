@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
     "page",
     [
         "docs/tutorial.md",
+        "docs/labels.md",
         pytest.param("docs/index.md", marks=pytest.mark.slow),
         pytest.param("README.md", marks=pytest.mark.slow),
     ],
