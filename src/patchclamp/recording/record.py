@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,10 @@ from patchclamp.recording.summaries import (
 )
 from patchclamp.recording.thresholds import FractionOfMaximum
 from patchclamp.recording.tokenizing import LongTexts
-from patchclamp.storage import Remote, exists, place, read_manifest, temporary_folder
+from patchclamp.storage import Remote, exists, place, put_in_place, read_manifest, temporary_folder
+
+# Where a recording is written that is to become a store, inside the folder of the work.
+_FINISHED = "finished"
 
 
 def record(
@@ -151,7 +155,7 @@ def record(
         run.scratch = work.folder
         recording = run.go(progress, work.activations if activations else None, checkpoints=work)
         work.check()
-        recording.save(target, replace=False)
+        _save(recording, target, work.folder)
     return Recording.open(target)
 
 
@@ -211,6 +215,20 @@ def default_summaries(labels: bool, tokens: bool) -> list[Summary]:
     if labels:
         kept.append(ByLabel(of=(Moments(), rates)))
     return kept
+
+
+def _save(recording: Recording, target: Path | Remote, work: Path) -> None:
+    """Save into the folder of the work, which is removed whatever happens, and move it: a kill leaves nothing else."""
+    if isinstance(target, Remote):
+        recording.save(target, replace=False)
+        return
+    for left in work.glob(f"*{_FINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        recording.save(work / _FINISHED)
+    except StoreError as error:
+        raise StoreError(str(error).replace(str(work / _FINISHED), str(target))) from error
+    put_in_place(work / _FINISHED, target, "recording")
 
 
 def _kept_in_memory(run: Run, activations: bool, progress: bool) -> Recording:

@@ -47,6 +47,15 @@ def new_folder(path: str | os.PathLike[str], kind: str, replace: bool = True) ->
         _swap(work, target, kind, replace)
 
 
+def put_in_place(folder: Path, target: Path, kind: str) -> None:
+    """Make a store that is whole in another folder of the same disk the one at `target`, where none may be.
+
+    Raises:
+        StoreError: something is there, or it cannot be written.
+    """
+    _swap(folder, target, kind, replace=False)
+
+
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target`, for as long as the block runs; parents made for it stay if `target` is there then.
