@@ -17,6 +17,7 @@ from resident import forget, most_resident
 
 from patchclamp.recording.correlate import _Best
 from patchclamp.recording.cross_moments import BLOCK_ROWS, CrossMoments
+from patchclamp.recording.heap import give_back
 
 SITES, SIZE = 6, 1536
 BATCH_ROWS = 2048
@@ -34,6 +35,7 @@ def main() -> str:
     peak = Peak([(neurons, BLOCK_ROWS, neurons)])
     moments = CrossMoments(neurons, neurons)
     needed = operations((neurons, BLOCK_ROWS, neurons))
+    give_back()  # what earlier sections left behind would hide the growth
     held = forget()
     seconds, ratios, speeds, peaks = [], [], [], [peak()]
     for block in range(BLOCKS + 1):

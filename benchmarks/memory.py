@@ -9,7 +9,6 @@ to batch. So there is a row more: the plain forward pass over the same batches.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -63,6 +62,7 @@ def _measure(what: str, wanted: int) -> None:
 
     import patchclamp as pc
     from patchclamp.recording.accumulation import Accumulation
+    from patchclamp.recording.heap import give_back
     from patchclamp.recording.record import prepare
 
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def _measure(what: str, wanted: int) -> None:
         place = len(taken) % len(texts)
         taken.append(texts[place])
         tokens += lengths[place]
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left behind would hide the growth
+    give_back()  # what loading left behind would hide the growth
     forget()
     if what == "record":
         pc.record(model, taken, "mlp.*", max_length=256, batch_tokens=BATCH_TOKENS, progress=False)

@@ -20,9 +20,9 @@ def network(size: int) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), nn.Linear(size, 2)).eval()
 
 
-def of_values(values: np.ndarray, labels: Sequence[str], **how: Any) -> pc.Recording:
-    """What the neurons of the one site do on examples `[examples, neurons]`, one row each; the label is called kind."""
+def of_values(values: np.ndarray, labels: Sequence[str], label: str = "kind", **how: Any) -> pc.Recording:
+    """What the neurons of the one site do on examples `[examples, neurons]`, one row each."""
     given = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     summaries = how.pop("summaries", [pc.ByLabel(), pc.Pooled("max", dtype="float32")])
-    data = pc.Tensors(given, labels={"kind": list(labels)})
+    data = pc.Tensors(given, labels={label: list(labels)})
     return pc.record(network(given.shape[1]), data, "mlp.*", summaries, progress=False, **how)

@@ -148,8 +148,8 @@ def test_bad_input_is_said(name: str) -> None:
     values, labels = planted(0, 30, 10)
     recording = recording_for(name, values, labels)
     for given, match in [
-        ({"labels": "kinds"}, "kind"),
-        ({"labels": "kind", "positive": "d"}, "a, b, c|'a'"),
+        ({"labels": "kinds"}, "nearest: kind"),
+        ({"labels": "kind", "positive": "d"}, "There are: a, b, c"),
         ({"labels": ["a"] * 30}, "at least two categories"),
         ({"labels": ["a", "b"]}, "2 labels were given for 30 examples"),
         ({"labels": "kind", "null": "shuffle"}, "permute"),

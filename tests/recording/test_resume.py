@@ -147,6 +147,29 @@ def test_a_chunk_that_was_half_written_leaves_nothing_behind(tmp_path: Path, oft
     assert same(again, whole)
 
 
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from tests.recording import tiny
+import patchclamp as pc
+write = pc.Recording._write
+def killed(self, folder):
+    write(self, folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+pc.Recording._write = killed
+model = pc.load(tiny.bert(), tokenizer=tiny.tokenizer())
+tiny.recorded(model, tiny.texts(), "mlp.*", [pc.Moments()], store=sys.argv[1])
+"""
+
+
+def test_a_kill_while_it_is_saved_leaves_nothing_beside_the_store(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path / "store")], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert [each.name for each in tmp_path.iterdir()] == [".store.partial"]
+    again = recorded(model_of(), tiny.texts(), "mlp.*", [pc.Moments()], store=tmp_path / "store")
+    assert same(again, recorded(model_of(), tiny.texts(), "mlp.*", [pc.Moments()]))
+    assert [each.name for each in tmp_path.iterdir()] == ["store"]
+
+
 def test_work_that_was_left_beside_a_whole_store_goes(tmp_path: Path) -> None:
     recorded(model_of(), tiny.texts(), "mlp.*", [pc.Moments()], store=tmp_path / "store")
     (tmp_path / ".store.partial").mkdir()

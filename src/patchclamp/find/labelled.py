@@ -31,7 +31,7 @@ class Labelled:
     Attributes:
         recording: what they belong to.
         name: of the label in the data; None where values were given.
-        categories: sorted; of two or more examples that have positions.
+        categories: two or more, sorted.
         codes: `[examples]` int64, the place of each one's category; None for a label of tokens.
         scored: the places of the categories that neurons are scored for: all, or the one that was asked for.
     """
@@ -61,12 +61,14 @@ class Labelled:
         if self.codes is not None and isinstance(pooled, Pooled) and pooled.how == "fired" and _is(pooled, threshold):
             fired = self._once(("fired", site), lambda: np.nan_to_num(np.asarray(pooled.values, np.float32)))
             which = self._which(self.codes, self._positions(site))
-            which /= np.maximum(which.sum(1, keepdims=True), 1e-30)
-            return (which @ fired).T.astype(np.float64)
+            count = which.sum(1)
+            self._refuse_empty(count.tolist())
+            return (which @ fired / count[:, None]).T.astype(np.float64)
         if self.name is not None and isinstance(by_label, ByLabel) and self.name in by_label.labels:
             rate = by_label.templates.get("firing_rate")
             places = [] if rate is None else [n for n, each in enumerate(_thresholds(rate)) if each == threshold]
             if places:
+                self._refuse_empty(by_label.count(self.name).tolist())
                 return by_label.rate(self.name)[:, :, places[0]]
         if threshold == 0.0:
             wanted = "pc.ByLabel() and a label of the data, or pc.Pooled('fired')"
@@ -108,16 +110,15 @@ class Labelled:
             if not number:
                 raise DataError(f"the category {category!r} has no position that counts")
 
-    def pooled(self, site: str, how: Sequence[str] = ("max", "mean", "last", "fired")) -> np.ndarray:
-        """`[examples with positions, neurons]` float32, one number for each example.
+    def pooled(self, site: str) -> np.ndarray:
+        """`[examples, neurons]` float32, one number for each example; NaN for one without positions that count.
 
         Raises:
-            DataError: the recording has no `Pooled` of one of these kinds.
+            DataError: the recording has no `Pooled`.
         """
         pooled = self.recording[site].summaries.get("pooled")
-        if not isinstance(pooled, Pooled) or pooled.how not in how:
-            there = f" (it has Pooled({pooled.how!r}))" if isinstance(pooled, Pooled) else ""
-            raise DataError(f"{site}: a number for each example is wanted{there}: record with pc.Pooled({how[0]!r})")
+        if not isinstance(pooled, Pooled):
+            raise DataError(f"{site}: a number for each example is wanted: record with pc.Pooled('max')")
         return np.asarray(pooled.values, np.float32)
 
     def _which(self, codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -133,9 +134,18 @@ class Labelled:
         return self._made[key]
 
     def _positions(self, site: str) -> np.ndarray:
-        positions = self.recording.positions
-        one_each = len(positions) == 0 or self.recording[site].count == len(positions)
-        return np.ones(len(self.recording.folds)) if one_each else positions
+        """How many rows of the site are each example's."""
+        positions, recorded = self.recording.positions, self.recording[site]
+        rows = recorded.count + recorded.nonfinite["rows"]
+        if len(positions) == 0 or rows == len(positions):
+            return np.ones(len(self.recording.folds))
+        if rows != positions.sum():
+            raise DataError(
+                f"{site} has {rows:,} rows where the examples have {int(positions.sum()):,} positions (only some are "
+                "routed to an expert; a decoder reads targets): how many are whose is not known. Record with "
+                "pc.ByLabel() and a label of the data, without pc.Pooled"
+            )
+        return positions
 
 
 def labelled(recording: Recording, labels: Labels, positive: str | None = None) -> Labelled:

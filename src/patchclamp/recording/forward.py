@@ -15,7 +15,7 @@ from patchclamp.model.model import Model
 from patchclamp.model.tokenize import PaddedBatch
 
 # On a processor what a pass makes should stay in the cache, and below the 32 MB from which on the C library asks the
-# system for each block anew: measured on two models, twice as many tokens take a fifth more time for each.
+# system for each block anew.
 _BATCH_TOKENS, _BATCH_TOKENS_ELSEWHERE = 2048, 4096
 _NO_LABELS: Mapping[str, torch.Tensor] = MappingProxyType({})
 

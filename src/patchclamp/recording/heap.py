@@ -1,9 +1,9 @@
 """What the C library does with memory that was freed, while batch after batch needs much and nearly the same again.
 
 Left to itself, glibc has two habits that cost. Where the end of its heap is free it returns it, and the next batch asks
-for the same pages anew: up to a fifth of the time of a pass. And as nearly every batch has tensors of other sizes than
-the one before, holes are left that do not quite fit: over a long recording a process holds several hundred megabytes
-that nobody uses. So nothing is returned by itself, and all at once where too much has gathered.
+for the same pages anew. And as nearly every batch has tensors of other sizes than the one before, holes are left that
+do not quite fit: over a long recording a process comes to hold much that nobody uses. So nothing is returned by itself,
+and all at once where too much has gathered. What it brings is in docs/performance.md.
 
 With another C library, or on another system than Linux, nothing happens here.
 """

@@ -432,7 +432,7 @@ def _emptied(summary: Summary) -> Summary:
     """A fresh accumulator with the tokens and thresholds of this one."""
     if isinstance(summary, ByLabel):
         raise DataError(
-            f"{summary!r} cannot be paired with tokens anew: a recording does not keep the labels of all examples"
+            f"{summary!r} cannot be paired with tokens anew: that would take tokens and labels of all examples together"
         )
     state = summary.state()
     zeros = np.zeros(summary.size, np.float32)

@@ -117,7 +117,7 @@ class Windows:
 
 
 def _ascending(values: np.ndarray) -> np.ndarray:
-    """Each once, in order: as `np.unique`, which hashes whole numbers and takes several times as long here."""
+    """Each once, in order: as `np.unique`, which hashes whole numbers and is slower here."""
     values = np.sort(values)
     return values[np.append(True, np.diff(values) != 0)[: len(values)]]
 

@@ -34,9 +34,7 @@ def cohens_d(
     Raises:
         DataError: a group of fewer than two.
     """
-    first, second = np.asarray(count, np.float64), np.asarray(other_count, np.float64)
-    if (first < 2).any() or (second < 2).any():
-        raise DataError("an effect size wants at least two examples in each group")
+    first, second = _counts(count, other_count)
     both = first + second
     squares = np.asarray(variance, np.float64) * first + np.asarray(other_variance, np.float64) * second
     spread = np.sqrt(squares / (both - 2))
@@ -74,9 +72,7 @@ def welch(
     """
     from scipy.stats import t as student
 
-    first, second = np.asarray(count, np.float64), np.asarray(other_count, np.float64)
-    if (first < 2).any() or (second < 2).any():
-        raise DataError("a t-test wants at least two examples in each group")
+    first, second = _counts(count, other_count)
     one = np.asarray(variance, np.float64) / (first - 1)
     two = np.asarray(other_variance, np.float64) / (second - 1)
     difference = np.asarray(mean, np.float64) - np.asarray(other_mean, np.float64)
@@ -85,3 +81,10 @@ def welch(
         freedom = (one + two) ** 2 / (one**2 / (first - 1) + two**2 / (second - 1))
     freedom = np.where(np.isfinite(freedom), freedom, 1.0)
     return t, np.where(difference == 0, 1.0, 2 * student.sf(np.abs(t), freedom))
+
+
+def _counts(count: ArrayLike, other_count: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(count, np.float64), np.asarray(other_count, np.float64)
+    if (first < 2).any() or (second < 2).any():
+        raise DataError("how groups differ is known from at least two examples in each")
+    return first, second
