@@ -18,8 +18,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchclamp import decompose as decompose
     from patchclamp import find as find
     from patchclamp import statistics as statistics
+    from patchclamp import testbed as testbed
     from patchclamp.atlas import Atlas as Atlas
     from patchclamp.atlas import NeuronCard as NeuronCard
     from patchclamp.data import Chats as Chats
@@ -98,6 +100,7 @@ _HOME = {
     "clamp": "patchclamp.intervene",
     "corpora": "patchclamp.data.corpora",
     "correlate": "patchclamp.recording",
+    "decompose": "patchclamp.decompose",
     "errors": "patchclamp.errors",
     "find": "patchclamp.find",
     "load": "patchclamp.model",
@@ -106,6 +109,7 @@ _HOME = {
     "statistics": "patchclamp.statistics",
     "record_over": "patchclamp.recording",
     "scale": "patchclamp.intervene",
+    "testbed": "patchclamp.testbed",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

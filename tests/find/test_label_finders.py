@@ -16,17 +16,25 @@ from patchclamp.find.coverage import coverage_overlap
 FINDERS: dict[str, Callable[..., pc.Neurons]] = {
     "lape": pc.find.lape,
     "lape_ternary": pc.find.lape_ternary,
+    "contrast": pc.find.contrast,
     "coverage": pc.find.coverage,
+    "domains": pc.find.domains,
     "expertise": pc.find.expertise,
     "activation_profiles": pc.find.activation_profiles,
+    "probe_neurons": pc.find.probe_neurons,
+    "sparse_probe": pc.find.sparse_probe,
 }
 # What they count differs: a recording keeps one kind of number for each example.
 POOLED = {
     "lape": "fired",
     "lape_ternary": "fired",
+    "contrast": "max",
     "coverage": "fired",
+    "domains": "fired",
     "expertise": "max",
     "activation_profiles": "max",
+    "probe_neurons": "max",
+    "sparse_probe": "max",
 }
 KINDS = ("a", "b", "c")
 

@@ -71,25 +71,16 @@ def lape(
         UnknownName: no such label or category.
     """
     given = labelled(recording, labels, positive)
-    level = _threshold(recording, threshold)
-    rates = _rates(given, level)
-    entropy, _ = _entropy(rates)
-    passes = rates.max(1) > _quantile(rates, filter_rate)
-    wanted = round(top_rate * len(rates))
-    order = np.argsort(np.where(passes, entropy, np.inf), kind="stable")[:wanted]
-    selected = np.zeros(len(rates), bool)
-    selected[order[passes[order]]] = True
-    if selected.sum() < wanted:
-        warn(f"lape: {int(selected.sum())} neurons pass the filter where {wanted} are asked for: so many are selected")
-    owned = (rates > _quantile(rates, bar_rate)) & selected[:, None]
+    level = firing_threshold(recording, threshold)
 
     def scores(of: Labelled) -> np.ndarray:
-        return _scores(_rates(of, level), filter_rate)[:, of.scored]
+        return concentration(firing_rates(of, level), filter_rate)[:, of.scored]
 
-    columns = {"entropy": entropy, "selected": selected, "owners": _names(given, owned)}
+    entropy, selected, owned = selection(firing_rates(given, level), "lape", top_rate, filter_rate, bar_rate)
+    columns = {"entropy": entropy, "selected": selected, "owners": owner_names(given, owned)}
     return table(
         given,
-        _scores(rates, filter_rate)[:, given.scored],
+        scores(given),
         columns,
         null=null,
         permutations=permutations,
@@ -149,8 +140,8 @@ def lape_ternary(
     number = len(given.categories)
     if number < 3:
         raise DataError(f"lape_ternary wants at least three categories: with {number} no neuron is related to some")
-    level = _threshold(recording, threshold)
-    rates = _rates(given, level)
+    level = firing_threshold(recording, threshold)
+    rates = firing_rates(given, level)
     entropy, _ = _entropy(rates)
     owned = rates > _quantile(rates, bar_rate)
     wanted = round(top_rate * len(rates))
@@ -164,7 +155,7 @@ def lape_ternary(
     columns = {
         "entropy": entropy,
         "selected": selected,
-        "owners": _names(given, owned & selected[:, None]),
+        "owners": owner_names(given, owned & selected[:, None]),
         "kind": kind,
         "weight": np.full(len(rates), used),
     }
@@ -175,14 +166,38 @@ def lape_ternary(
         null=null,
         permutations=permutations,
         seed=seed,
-        again=lambda of: _ternary(_rates(of, level), used)[:, of.scored],
+        again=lambda of: _ternary(firing_rates(of, level), used)[:, of.scored],
     )
 
 
-# Helpers --------------------------------------------------------------------------------------------
+# Helpers, the first of them shared with `domains` ---------------------------------------------------
 
 
-def _rates(given: Labelled, threshold: float) -> np.ndarray:
+def selection(
+    rates: np.ndarray, who: str, top_rate: float, filter_rate: float, bar_rate: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entropy in nats `[neurons]`, who is selected `[neurons]`, which labels own whom `[neurons, labels]`.
+
+    Args:
+        rates: how often each neuron fires on each label, `[neurons, labels]`.
+        who: selects, for the warning that too few pass the filter.
+        top_rate: as for `lape`.
+        filter_rate: the same.
+        bar_rate: the same.
+    """
+    entropy, _ = _entropy(rates)
+    passes = rates.max(1) > _quantile(rates, filter_rate)
+    wanted = round(top_rate * len(rates))
+    order = np.argsort(np.where(passes, entropy, np.inf), kind="stable")[:wanted]
+    selected = np.zeros(len(rates), bool)
+    selected[order[passes[order]]] = True
+    if selected.sum() < wanted:
+        warn(f"{who}: {int(selected.sum())} neurons pass the filter where {wanted} are asked for: so many are selected")
+    return entropy, selected, (rates > _quantile(rates, bar_rate)) & selected[:, None]
+
+
+def firing_rates(given: Labelled, threshold: float) -> np.ndarray:
+    """`[neurons of all sites, labels]`: share of positions on which each fires."""
     return np.concatenate([given.rates(site, threshold) for site in given.recording])
 
 
@@ -193,7 +208,8 @@ def _entropy(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return -(share * np.log(np.where(share > 0, share, 1.0))).sum(1), share
 
 
-def _scores(rates: np.ndarray, filter_rate: float) -> np.ndarray:
+def concentration(rates: np.ndarray, filter_rate: float) -> np.ndarray:
+    """Scores `[neurons, labels]`, 0 to 1, from firing rates of the same shape."""
     entropy, share = _entropy(rates)
     score = (1 - entropy / np.log(rates.shape[1])).clip(min=0.0)
     score = np.where(rates.max(1) > _quantile(rates, filter_rate), score, 0.0)
@@ -231,7 +247,8 @@ def _quantile(rates: np.ndarray, share: float) -> float:
     return float(np.partition(rates, place, axis=None)[place])
 
 
-def _names(given: Labelled, owned: np.ndarray) -> list[str]:
+def owner_names(given: Labelled, owned: np.ndarray) -> list[str]:
+    """The labels that own each neuron, with commas between."""
     return [", ".join(given.categories[place] for place in np.flatnonzero(each)) for each in owned]
 
 
@@ -241,7 +258,12 @@ def _number(weight: float | str) -> float:
     return float(weight)
 
 
-def _threshold(recording: Recording, given: float | None) -> float:
+def firing_threshold(recording: Recording, given: float | None) -> float:
+    """What was given, or 0 where every site is silent below it.
+
+    Raises:
+        DataError: a site whose nonlinearity is not.
+    """
     if given is not None:
         return float(given)
     for site in recording.sites:
