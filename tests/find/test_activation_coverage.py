@@ -117,12 +117,12 @@ def test_coverage_by_hand() -> None:
 
 def test_counts_and_scores_are_those_of_a_histogram_for_each_neuron() -> None:
     net, known, other = seeded(Mlp), gaussian(400, 5), gaussian(50, 5, seed=1)
-    found = activation_coverage(net, known, "module:act", bins=6, full_count=300, alpha=5.0)
+    found = activation_coverage(net, known, "module:act", bins=6, full_count=100, alpha=5.0)
     states, edges = found.states(known)["module:act"], found.edges["module:act"]
     counts = np.stack([np.histogram(each, edges)[0] for each in states.T])
     np.testing.assert_array_equal(found.counts["module:act"], counts)
     places = np.stack([np.digitize(each, edges[1:-1]) for each in found.states(other)["module:act"].T], 1)
-    phi = np.minimum(counts / 300, 1)
+    phi = np.minimum(counts / 100, 1)
     assert 0.1 < (phi == 1).mean() < 0.9
     np.testing.assert_allclose(found.score(other), [phi[np.arange(8), each].mean() for each in places])
     frame = found.neurons().to_polars().sort("index")

@@ -8,6 +8,7 @@ from patchclamp.find.expertise import expertise
 from patchclamp.find.fingerprint import Fingerprint, FingerprintDistance, fingerprint, fingerprint_distance
 from patchclamp.find.frequency_tagging import TaggedRate, frequency_tagging, tagged_rates, tagging_signal
 from patchclamp.find.generic_marker import GenericMarkers, generic_marker_test
+from patchclamp.find.label_finders import label_finders
 from patchclamp.find.lape import lape, lape_ternary
 from patchclamp.find.out_of_distribution import Mahalanobis, classify, detection_auroc, energy, maximum_softmax
 from patchclamp.find.probe_neurons import probe_neurons
@@ -41,6 +42,7 @@ __all__ = [
     "fingerprint_distance",
     "frequency_tagging",
     "generic_marker_test",
+    "label_finders",
     "lape",
     "lape_ternary",
     "maximum_softmax",

@@ -1,7 +1,23 @@
 """Networks whose neurons are known: planted by hand, or trained here on a made-up world."""
 
+from patchclamp.testbed.benchmark import BEDS, EASY_BEDS, Bed, Method, Race, benchmark, random_finder
 from patchclamp.testbed.plant import ARCHITECTURES, plant
 from patchclamp.testbed.planted import Difficulty, Planted, Question
 from patchclamp.testbed.roles import DECOYS, ROLES
 
-__all__ = ["ARCHITECTURES", "DECOYS", "ROLES", "Difficulty", "Planted", "Question", "plant"]
+__all__ = [
+    "ARCHITECTURES",
+    "BEDS",
+    "DECOYS",
+    "EASY_BEDS",
+    "ROLES",
+    "Bed",
+    "Difficulty",
+    "Method",
+    "Planted",
+    "Question",
+    "Race",
+    "benchmark",
+    "plant",
+    "random_finder",
+]
