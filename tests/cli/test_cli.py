@@ -261,3 +261,39 @@ def _appears(file: Path, seconds: float) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_methods_are_listed_with_their_papers() -> None:
+    shown = _run("methods", COLUMNS="200").stdout
+    assert "pc.find.lape " in shown and "S093" in shown and "Tang et al., 2024" in shown
+    assert "pc.decompose." in shown
+
+
+def test_a_race_prints_its_tables_and_writes_its_runs(tmp_path: Path) -> None:
+    import polars as pl
+
+    file = tmp_path / "runs.csv"
+    given = ("--bed", "mlp", "--method", "expertise", "--method", "chance", "--seeds", "2", "--no-null")
+    done = _run("benchmark", *given, "--out", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "mlp: neurons planted as selective" in done.stdout
+    runs = pl.read_csv(file)
+    assert len(runs) == 4 and set(runs["method"]) == {"expertise", "chance"}
+    found = runs.group_by("method").agg(pl.col("average_precision").mean())
+    figures = dict(found.iter_rows())
+    assert figures["expertise"] > 0.9 > 0.1 > figures["chance"]
+    assert f"{figures['expertise']:.3f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--bed", "gpt"), "nearest: gpt2"),
+        (("--method", "lap"), "nearest: lape"),
+        (("--bed", "mlp", "--difficulty", "9"), "between 0 and 3"),
+        (("--bed", "mlp", "--method", "chance", "--seeds", "1", "--out", "runs.txt"), ".csv or .parquet"),
+    ],
+)
+def test_a_race_that_cannot_be_is_one_clear_line(given: tuple[str, ...], words: str) -> None:
+    done = _run("benchmark", *given)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

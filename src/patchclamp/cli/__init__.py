@@ -1,4 +1,4 @@
-"""The command line: `patchclamp atlas`, `neuron`, `sites`, `explore`, `doctor`.
+"""The command line: `patchclamp atlas`, `neuron`, `sites`, `explore`, `doctor`, `methods`, `benchmark`.
 
 Each command imports what it needs when it runs, so that `patchclamp --help` starts at once, and
 looking at an atlas loads neither torch nor transformers.
@@ -157,6 +157,47 @@ def doctor(
 
     if not show(folder):
         raise typer.Exit(1)
+
+
+@app.command()
+def methods() -> None:
+    """List the published methods: row, where it is, and the paper."""
+    from rich.console import Console
+
+    from patchclamp.cli.methods import table_of
+
+    Console().print(table_of())
+
+
+@app.command()
+def benchmark(
+    bed: Annotated[
+        list[str] | None,
+        typer.Option("--bed", show_default=False, help="gpt2, llama or mlp; may be repeated. All by default."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", show_default=False, help="A finder by name; may be repeated. All by default."),
+    ] = None,
+    difficulty: Annotated[float, typer.Option("--difficulty", help="0 is easy, 1 the default, 3 the hardest.")] = 1.0,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many planted networks of each kind.")] = 3,
+    permutations: Annotated[int, typer.Option("--permutations", min=19, help="Of each null.")] = 99,
+    null: Annotated[bool, typer.Option("--null/--no-null", help="Measure power and false discoveries.")] = True,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE", show_default=False, help="Write all runs: .csv or .parquet.")
+    ] = None,
+) -> None:
+    """Race the finders for a label on networks whose neurons were planted."""
+    from rich.console import Console
+
+    from patchclamp.cli.benchmark import race, tables_of, writable, write
+
+    file = None if out is None else writable(out)
+    found = race(bed or [], method or [], difficulty, range(seeds), permutations, null)
+    for table in tables_of(found):
+        Console().print(table)
+    if file is not None:
+        write(found, file)
 
 
 def _load(model: str) -> Any:

@@ -106,6 +106,7 @@ def benchmark(
     beds: Sequence[Bed] = BEDS,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     *,
+    roles: Sequence[str] | None = None,
     permutations: int = 99,
     null: bool = True,
     progress: bool = True,
@@ -116,6 +117,7 @@ def benchmark(
         methods: name -> method; those of the library are `pc.find.label_finders()`.
         beds: what is planted.
         seeds: of the beds; the finders have the same.
+        roles: ask for neurons of these roles only; None: all questions of a bed.
         permutations: of each null.
         null: whether `power` and `false` are measured, which costs two times `permutations` scorings.
         progress: show how far it is.
@@ -136,7 +138,7 @@ def benchmark(
                 planted = bed.make(seed)
                 made: dict[str, Recording] = {}
                 for name, method in methods.items():
-                    for question in planted.questions:
+                    for question in (each for each in planted.questions if roles is None or each.role in roles):
                         here = {"method": name, "bed": bed.name, "seed": seed, "role": question.role}
                         try:
                             recording = _recorded(planted, method, made)
@@ -144,7 +146,7 @@ def benchmark(
                         except DataError as error:
                             skipped.append(here | {"why": str(error)})
                     bar.advance(1)
-    return Race(pl.DataFrame(rows), pl.DataFrame(skipped))
+    return Race(pl.DataFrame(rows, _RUNS), pl.DataFrame(skipped, _SKIPPED))
 
 
 def random_finder(recording: Recording, labels: Any, *, seed: int = 0, **_: Any) -> Neurons:
@@ -167,6 +169,10 @@ def random_finder(recording: Recording, labels: Any, *, seed: int = 0, **_: Any)
 # Helpers --------------------------------------------------------------------------------------------
 
 _LEVEL = 0.05
+_ASKED = {"method": pl.String, "bed": pl.String, "seed": pl.Int64, "role": pl.String}
+_FIGURES = ("average_precision", "recall", "decoys_above", "seconds", "power")
+_RUNS = {**_ASKED, **dict.fromkeys(_FIGURES, pl.Float64), "false": pl.Int64}
+_SKIPPED = {**_ASKED, "why": pl.String}
 
 
 def _recorded(planted: Planted, method: Method, made: dict[str, Recording]) -> Recording:
@@ -192,13 +198,13 @@ def _run(
         found = method.find(recording, labels=question.label, seed=seed, **method.options).to_polars()
         seconds = time.perf_counter() - start
         _check(found, recording)
-        row: dict[str, float | int | None] = _quality(planted, question, found) | {"seconds": seconds}
-        row |= {"power": None, "false": None}
+        row: dict[str, float | int | None] = {"seconds": seconds, "power": None, "false": None}
+        row |= _quality(planted, question, found)
         if null and method.null:
             how = {"seed": seed, "null": "permute", "permutations": permutations, **method.options}
             tested = method.find(recording, labels=question.label, **how).to_polars()
             mine = pl.any_horizontal(_is_of(planted, tested, question, label) for label in question.positives)
-            row["power"] = float((tested.filter(mine)["q"] < _LEVEL).mean() or 0.0)
+            row["power"] = float((tested.filter(mine)["q"].to_numpy() < _LEVEL).mean())
             given = np.asarray(recording.categories_of_examples(question.label))
             dealt = np.random.default_rng([seed, 10]).permutation(given)
             row["false"] = int((method.find(recording, labels=dealt.tolist(), **how)["q"] < _LEVEL).sum())
