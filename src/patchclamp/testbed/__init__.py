@@ -4,6 +4,8 @@ from patchclamp.testbed.benchmark import BEDS, EASY_BEDS, Bed, Method, Race, ben
 from patchclamp.testbed.plant import ARCHITECTURES, plant
 from patchclamp.testbed.planted import Difficulty, Planted, Question
 from patchclamp.testbed.roles import DECOYS, ROLES
+from patchclamp.testbed.silencing import loss_by_label, loss_increase
+from patchclamp.testbed.trained import Trained, trained
 
 __all__ = [
     "ARCHITECTURES",
@@ -17,7 +19,11 @@ __all__ = [
     "Planted",
     "Question",
     "Race",
+    "Trained",
     "benchmark",
+    "loss_by_label",
+    "loss_increase",
     "plant",
     "random_finder",
+    "trained",
 ]
