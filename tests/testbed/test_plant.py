@@ -16,7 +16,7 @@ from patchclamp.testbed import plant
 from patchclamp.testbed.planted import Planted
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def planted(request: pytest.FixtureRequest) -> Planted:
     return plant(request.param, examples=240, seed=0)
 
