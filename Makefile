@@ -12,7 +12,7 @@ INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check -c 
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-peers docs lint clean
+.PHONY: help demo test test-all mutants bench bench-peers docs lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: $(VENV)/.dev ## run every test that is not slow
 test-all: $(VENV)/.dev ## run every test, with many more random examples, then the benchmarks
 	PATCHCLAMP_TEST_ALL=1 $(RUN) -m pytest
 	$(MAKE) bench
+
+mutants: $(VENV)/.dev ## make mistakes in the published methods and see that the tests notice
+	OMP_NUM_THREADS=1 $(RUN) tests/mutants/run.py
 
 bench: $(VENV)/.dev ## measure cost and speed side by side
 	$(RUN) benchmarks/run.py

@@ -23,7 +23,7 @@ from patchclamp.cli.benchmark import COLUMNS, contenders, said
 from patchclamp.testbed import BEDS, Bed, Race, benchmark
 
 ROOT = Path(__file__).resolve().parent
-SEEDS = range(5)
+SEEDS, PERMUTATIONS = range(5), 49
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 # One line each; the fitted probes are in the tables.
 DRAWN = (
@@ -61,9 +61,14 @@ READING = """
 - A finder does well on what it is for: `lape` and `domains` on languages, `expertise` on relations, probes on one class of prompts.
   `lape` gives relations and harm next to nothing: its filter wants a neuron that fires *often*, and these fire on one word of a
   document.
-- On the plain network, decoys beat what was planted for `lape`: they fire on half of their category and nowhere else, and entropy does
-  not ask how often a neuron fires, only where.
+- On some plain networks, decoys beat what was planted for `lape`: they fire on half of their category and nowhere else, and entropy
+  does not ask how often a neuron fires, only where.
+- Easy is not easy for all: without noise, decoys too fire on nothing else, and what looks at *where* a neuron fires (`lape`,
+  `expertise`, `mutual_information`) cannot tell them apart from what was planted. When words are very rare, the filter of `lape` drops
+  what was planted, and its figure falls to nothing at once.
 - `lape_ternary` has no filter: a neuron that fired three times, by chance on one language, has no entropy, and comes high.
+- A probe shares its weight among neurons that say the same: on the plain network, where all 576 neurons see the category, the weights
+  of `probe_neurons` single out few of those that were planted for it.
 - `coverage` ranks by how much of a layer's firing a neuron makes. That is what the paper wants of it (the units that a task uses),
   and it is not selectivity.
 - `l1`, `adaptive`, `exact` and `hinge` look for a *few* neurons that are enough together. Of three planted neurons that say the same they
@@ -79,14 +84,14 @@ READING = """
 def main() -> None:
     """Race, draw, write."""
     start = time.perf_counter()
-    found = benchmark(contenders(), BEDS, SEEDS, permutations=99)
+    found = benchmark(contenders(), BEDS, SEEDS, permutations=PERMUTATIONS)
     curves = _curves()
     _draw(curves)
     planted = sum(len(bed.make(0).of(each.role)) for bed in BEDS for each in bed.make(0).questions)
     head = INTRODUCTION.format(
         neurons=planted,
         seeds=len(SEEDS),
-        permutations=99,
+        permutations=PERMUTATIONS,
         minutes=(time.perf_counter() - start) / 60,
         python=platform.python_version(),
         torch=torch.__version__,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from patchclamp.cli.methods import built
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +18,7 @@ ROOT = Path(__file__).parents[1]
     [
         "docs/tutorial.md",
         "docs/labels.md",
+        "docs/testbed.md",
         pytest.param("docs/index.md", marks=pytest.mark.slow),
         pytest.param("README.md", marks=pytest.mark.slow),
     ],
@@ -41,6 +45,20 @@ def test_page_prints_what_it_says(page: str, at_least: int, tmp_path: Path, monk
     for block, printed in blocks:
         exec(compile(block, page, "exec"), names)
         assert capsys.readouterr().out == printed
+
+
+def test_the_gallery_is_what_the_registry_says() -> None:
+    script = importlib.util.spec_from_file_location("make_methods", ROOT / "docs" / "make_methods.py")
+    assert script is not None and script.loader is not None
+    made = importlib.util.module_from_spec(script)
+    script.loader.exec_module(made)
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == made.page()
+
+
+def test_every_published_method_has_a_test() -> None:
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    for method in built():
+        assert re.search(rf"\b{method.function.__name__}\b", tests), method.name
 
 
 def test_pages_name_only_files_that_exist() -> None:

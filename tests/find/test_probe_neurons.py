@@ -94,6 +94,22 @@ def test_only_a_site_whose_probe_holds_names_units() -> None:
     assert found.at("mlp.0")["accuracy"].min() > 0.9 > 0.65 > found.at("mlp.1")["accuracy"].max()
 
 
+def test_each_label_has_its_own_probe_and_accuracy() -> None:
+    labels = np.asarray(["a", "b", "c"])[np.random.default_rng(0).integers(3, size=300)]
+    values = gaussian(1, 300, 40)
+    values[:, 7] += 4 * (labels == "a")
+    recording = of_values(values + 8, labels.tolist(), summaries=[pc.Pooled("max", dtype="float32")])
+    with pytest.warns(UserWarning, match="no probe tells") as said:
+        found = pc.find.probe_neurons(recording, "kind")
+    assert [str(each.message).split("'")[1] for each in said] == ["b", "c"]
+    by_label = {label: set(found.to_polars().filter(label=label)["accuracy"]) for label in "abc"}
+    assert all(len(each) == 1 for each in by_label.values())
+    assert by_label["a"].pop() > 0.85 and max(by_label["b"] | by_label["c"]) < 0.7
+    for label in "abc":
+        assert found[f"score_{label}"].mean() == pytest.approx(0, abs=1e-6)
+        assert found[f"score_{label}"].std(ddof=0) == pytest.approx(1, abs=1e-6)
+
+
 def test_few_examples_are_said() -> None:
     values = gaussian(0, 90, 10)
     yes = np.arange(90) % 2 == 0
@@ -180,6 +196,12 @@ def test_splits_keep_categories_on_both_sides() -> None:
         of_groups = split(codes, 0.3, seed, np.where(codes == 2, np.arange(112), groups))
         assert (np.bincount(codes[of_groups], minlength=3) > 0).all()
         assert all(len(set(of_groups[(groups == each) & (codes < 2)])) == 1 for each in groups[codes < 2])
+
+
+def test_no_more_folds_than_groups_of_a_category() -> None:
+    codes = np.repeat([0, 1], [30, 6])
+    assert folds(codes, 5, 0, np.arange(36) // 2).max() + 1 == 3
+    assert folds(codes, 5, 0).max() + 1 == 5
 
 
 def test_metrics_by_hand() -> None:

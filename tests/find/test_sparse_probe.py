@@ -15,6 +15,7 @@ from tests.recording import tiny
 from torch import nn
 
 import patchclamp as pc
+from patchclamp.find.probes import MutualInformation
 
 FITTED = ("l1", "hinge", "adaptive", "exact")
 WAYS = ("mean_diff", "f", "mutual_information", *FITTED)
@@ -170,6 +171,26 @@ def test_exact_is_the_best_of_all_sets(k: int) -> None:
         assert found["selected"].to_list() == [True] * k + [False] * (14 - k)
 
 
+def test_scores_of_exact_are_shares_of_the_variance() -> None:
+    """Lost without a chosen neuron; added by another one, all of which may be shrunk together."""
+    values = gaussian(3, 200, 12) @ (np.eye(12) + 0.5 * gaussian(4, 12, 12))
+    yes = values @ gaussian(5, 12, 1)[:, 0] + gaussian(6, 200, 1)[:, 0] > 4
+    assert 0.1 < yes.mean() < 0.3
+    values /= values.std(0)
+    found = pc.find.sparse_probe(probed(values, yes), "kind", "yes", select="exact", k=3)
+    score = found.to_polars().sort("index")["score"].to_numpy()
+    best = found.top(3)["index"].to_list()
+
+    def error(those: list[int]) -> float:
+        return squared_error(values[:, those], yes) / 200
+
+    lost = [error([other for other in best if other != each]) - error(best) for each in best]
+    np.testing.assert_allclose(score[best], lost, rtol=0.05)
+    others = [each for each in range(12) if each not in best]
+    added = np.asarray([error(best) - error([*best, each]) for each in others])
+    np.testing.assert_allclose(score[others] / score[others].max(), added / added.max(), atol=0.03)
+
+
 def test_a_neuron_that_says_nothing_alone() -> None:
     """Neuron 1 is the noise of neuron 0: only a choice of two sees what it is for."""
     values = gaussian(0, 800, 60)
@@ -253,6 +274,25 @@ def test_a_probe_for_each_site_or_one_for_all() -> None:
         curve.best("yess")
 
 
+def test_one_for_all_sees_every_neuron() -> None:
+    yes = np.arange(60) % 2 == 0
+    values = gaussian(0, 60, 90)
+    values[:, 89] += 4 * yes
+    found = pc.find.sparse_probe(probed(values, yes), "kind", "yes", select="exact", k=1, together=True)
+    assert found["index"][0] == 89 and found["selected"].to_list() == [True] + [False] * 89
+
+
+def test_a_curve_says_which_label_has_which_neurons() -> None:
+    labels = np.asarray(["a", "b", "c"])[np.random.default_rng(0).integers(3, size=240)]
+    values = gaussian(1, 240, 20) + 8
+    for place, label in enumerate("abc"):
+        values[:, place] += 5 * (labels == label)
+    recording = of_values(values, labels.tolist(), summaries=[pc.Pooled("max", dtype="float32")])
+    frame = pc.find.sparse_probe_curve(recording, "kind", k=(1,)).frame
+    assert frame["label"].to_list() == ["a", "b", "c"]
+    assert frame["neurons"].to_list() == [[0], [1], [2]] and (frame["f1"] > 0.9).all()
+
+
 def documents() -> tuple[pc.Recording, list[str]]:
     """40 documents of 12 examples that resemble each other; labels belong to documents, and mean nothing."""
     document = np.repeat(np.arange(40), 12)
@@ -313,3 +353,11 @@ def test_bad_input_is_said() -> None:
         pc.find.sparse_probe_curve(recording, "kind", k=[1], test_share=1.0)
     with pytest.raises(pc.errors.DataError, match="at least 1"):
         pc.find.sparse_probe_curve(recording, "kind", k=[])
+
+
+def test_mutual_information_of_a_label_that_is_one_bin() -> None:
+    """45 examples are cut into three bins; the label is the lowest: its entropy, and one cell of the correction."""
+    values = np.arange(45.0)[:, None]
+    found = MutualInformation(values).of(values < 15)
+    entropy = -(np.log(1 / 3) + 2 * np.log(2 / 3)) / 3
+    assert found.item() == pytest.approx(entropy + 1 / 90)

@@ -189,3 +189,11 @@ def test_digits_that_look_otherwise(brightness: float, noise: float) -> None:
     print(f"digits, brightness {brightness}, noise {noise}: weighted {weighted:.3f}, standard {standard:.3f}")
     assert weighted > standard + 0.03
     assert weighted > 0.7
+
+
+def test_an_example_without_a_value_counts_nothing() -> None:
+    values = np.asarray([[4.0, 0], [0, 4], [4, 0], [np.nan, np.nan]])
+    with pytest.warns(UserWarning, match="left out"):
+        recording = of_values(values, list("ABAB"), summaries=POOLED)
+    found = pc.find.weighted_assignment(recording, "kind")
+    assert np.isfinite(found.counts).all() and found.predict([[1, 0], [0, 1]]) == ["A", "B"]

@@ -175,6 +175,7 @@ def shapes(number: int) -> np.ndarray:
     return np.stack(pictures).clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_photographs_against_drawn_shapes(data_folder: Path) -> None:
     file = data_folder / "cifar10" / "cifar10_test5000.npz"
     if not file.is_file():

@@ -72,6 +72,7 @@ def test_plain_baselines_fail(default: pl.DataFrame) -> None:
     assert (here.filter(pl.col("method") == "chance")["average_precision"] < 0.1).all()
 
 
+@pytest.mark.slow
 def test_a_difference_of_means_finds_what_is_easy() -> None:
     found = race([], EASY_BEDS, False, "selective").filter(pl.col("method") == "contrast")
     assert len(found) == len(EASY_BEDS)

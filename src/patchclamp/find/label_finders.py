@@ -23,14 +23,15 @@ def label_finders() -> dict[str, Method]:
     """
     fired = (Pooled("fired", dtype="float32"),)
     largest = (Pooled("max", dtype="float32"),)
+    mean = (Pooled("mean", dtype="float32"),)  # what these two papers compare
     found = {
         "lape": Method(lape, fired, "gate"),
         "lape_ternary": Method(lape_ternary, fired, "gate"),
         "domains": Method(domains, fired, "gate"),
         "coverage": Method(coverage, fired, "gate"),
         "expertise": Method(expertise, largest),
-        "activation_profiles": Method(activation_profiles, largest),
-        "contrast": Method(contrast, largest),
+        "activation_profiles": Method(activation_profiles, mean),
+        "contrast": Method(contrast, mean),
         "probe_neurons": Method(probe_neurons, largest),
     }
     for select in ("mean_diff", "f", "mutual_information", "l1", "hinge", "adaptive", "exact"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from patchclamp.data.token_labels import UNLABELLED
 from patchclamp.errors import DataError, unknown
 from patchclamp.neurons import Neurons
 from patchclamp.recording import Recording
@@ -59,8 +60,8 @@ class Labelled:
         summaries = self.recording[site].summaries
         pooled, by_label = summaries.get("pooled"), summaries.get("by_label")
         if self.codes is not None and isinstance(pooled, Pooled) and pooled.how == "fired" and _is(pooled, threshold):
-            fired = self._once(("fired", site), lambda: np.nan_to_num(np.asarray(pooled.values, np.float32)))
-            which = self._which(self.codes, self._positions(site))
+            fired, there = self._once(("fired", site), lambda: _known(pooled.values))
+            which = self._which(self.codes, self._positions(site) * there)
             count = which.sum(1)
             self._refuse_empty(count.tolist())
             return (which @ fired / count[:, None]).T.astype(np.float64)
@@ -68,8 +69,8 @@ class Labelled:
             rate = by_label.templates.get("firing_rate")
             places = [] if rate is None else [n for n, each in enumerate(_thresholds(rate)) if each == threshold]
             if places:
-                self._refuse_empty(by_label.count(self.name).tolist())
-                return by_label.rate(self.name)[:, :, places[0]]
+                self._refuse_empty(self._counts(by_label).tolist())
+                return by_label.rate(self.name)[:, : len(self.categories), places[0]]
         if threshold == 0.0:
             wanted = "pc.ByLabel() and a label of the data, or pc.Pooled('fired')"
         else:
@@ -95,7 +96,7 @@ class Labelled:
             variance = (which @ squares / count[:, None]).T - mean**2
             return mean + centre[:, None], variance.clip(min=0.0), count
         if self.name is not None and isinstance(by_label, ByLabel) and "moments" in by_label.templates:
-            count = by_label.count(self.name)
+            count = self._counts(by_label)
             self._refuse_empty(count.tolist())
             groups = [by_label.of(self.name, each).moments for each in self.categories]
             mean, variance = (np.stack([getattr(each, what) for each in groups], 1) for what in ("mean", "variance"))
@@ -104,6 +105,11 @@ class Labelled:
             f"{site}: what neurons do in each category is not there: record with pc.ByLabel() and a label of the data, "
             "or pc.Pooled('mean')"
         )
+
+    def _counts(self, by_label: ByLabel) -> np.ndarray:
+        """`[categories]`: rows of each; what stands behind the last of them is left out."""
+        assert self.name is not None
+        return by_label.count(self.name)[: len(self.categories)]
 
     def _refuse_empty(self, counts: Sequence[int]) -> None:
         for category, number in zip(self.categories, counts, strict=True):
@@ -165,7 +171,10 @@ def labelled(recording: Recording, labels: Labels, positive: str | None = None) 
         if labels not in recording.labels:
             raise unknown("label of the data", labels, recording.labels, "Or give one value for each example.")
         categories = recording.labels[labels]
-        codes = None if codes is None else np.asarray(codes, np.int64)
+        if codes is not None:
+            codes = np.asarray(codes, np.int64)
+        elif categories[-1] == UNLABELLED and not _any_unlabelled(recording, labels):
+            categories = categories[:-1]  # every token has a label
     else:
         name = None
         values = [str(each) for each in labels]
@@ -235,6 +244,18 @@ def table(
         frame |= {"p": found.p, "q": found.q}
     order = np.argsort(-np.asarray(frame["score"]), kind="stable")
     return Neurons.from_polars(pl.DataFrame(frame)[order])
+
+
+def _any_unlabelled(recording: Recording, label: str) -> bool:
+    """Whether some token has none of the categories of a label of tokens."""
+    found = [each.summaries.get("by_label") for each in recording.by_site.values()]
+    return any(each.count(label)[-1] > 0 for each in found if isinstance(each, ByLabel) and label in each.labels)
+
+
+def _known(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`[examples, neurons]` float32 with 0 for what has no value, and which examples have values."""
+    values = np.asarray(values, np.float32)
+    return np.nan_to_num(values), ~np.isnan(values[:, 0])
 
 
 def _centred(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

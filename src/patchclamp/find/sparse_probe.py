@@ -26,6 +26,7 @@ The squared error, with a small ridge, is known for each choice without fitting,
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def sparse_probe(
         recording: with `Pooled("max")`, "mean", "last" or "fired".
         labels: a label of the data, or one value for each example.
         positive: score neurons for this category only; None: each against the rest.
-        select: how neurons are ranked; see the head of `patchclamp.find.sparse_probe`.
+        select: how neurons are ranked; see the head of `patchclamp.find.sparse_probe`. Those that are fitted print how
+            long it took.
         k: how many neurons the probe of a label keeps.
         together: one probe of all neurons; False: one for each site, as in the paper. The score of "mean_diff", "f"
             and "mutual_information" is the same either way.
@@ -126,7 +128,10 @@ def sparse_probe(
             made[:, told] = np.concatenate([ranking(right[:, told]) for ranking in rankings])
         return made
 
+    started = time.perf_counter()
     score = scores(given)
+    if select in _FITTED:
+        print(f"sparse_probe: {select} fitted in {time.perf_counter() - started:.2g} s", file=sys.stderr)
     selected = np.zeros(len(score), bool)
     for part in blocks.values():
         for column in score[part].T:
