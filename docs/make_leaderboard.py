@@ -42,7 +42,8 @@ INTRODUCTION = """# A race of finders
 
 Neurons were planted, so the answer is known: {neurons} neurons in three networks (`testbed.plant`), {seeds} seeds of each, at the
 default difficulty, among decoys that fire where they do, less reliably, and do nothing. Each finder of the library ranks all neurons,
-as it was published; nothing was tuned on these networks, whose parameters were committed before any finder was run on them.
+as it was published; no finder was tuned on these networks, whose parameters were committed before any was run on them. (After a first
+race, `contrast` and `activation_profiles` were given what their papers compare, means over a text, in place of maxima.)
 
 - *average precision*: 1 where all planted neurons come first, mean over labels and seeds; *lowest*: of the seeds.
 - *recall*: the share of what was planted among as many neurons at the top.
@@ -74,7 +75,7 @@ READING = """
 - `l1`, `adaptive`, `exact` and `hinge` look for a *few* neurons that are enough together. Of three planted neurons that say the same they
   want one; a low figure here is no fault of theirs.
 - `contrast`, the difference of means, ranks what is loud, and some neurons are much louder than others. Divided by their standard
-  deviations (`activation_profiles`, `sparse_probe`) the same differences find everything here.
+  deviations (`activation_profiles`, `sparse_probe`) the same differences find nearly everything here.
 - That a neuron is selective does not say that the network uses it: decoys without any effect are told apart here only because they
   are less selective. A decoy that fired exactly as a planted neuron does could not be told from it by any finder that looks at
   activations alone.
