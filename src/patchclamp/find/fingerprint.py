@@ -189,7 +189,7 @@ def fingerprint_distance(
         UnknownName: no such way, site or neuron.
 
     Warns:
-        If more than 1% of a site's activations are beyond +-16,384, where all count as one value.
+        UserWarning: If more than 1% of a site's activations are beyond +-16,384, where all count as one value.
     """
     if how not in _WAYS:
         raise unknown("distance between fingerprints", how, _WAYS)

@@ -113,7 +113,7 @@ def frequency_tagging(
         UnknownName: no such null or screen.
 
     Warns:
-        If the slowest rate has fewer than 30 periods.
+        UserWarning: If the slowest rate has fewer than 30 periods.
     """
     for what, given, known in (("null", null, _NULLS), ("screen", screen, _CORRECTIONS)):
         if given not in known:
