@@ -93,7 +93,7 @@ def page(
 def _table(outcomes: Sequence[Outcome], operators: Sequence[str]) -> list[str]:
     modules = list(dict.fromkeys(each.module for each in outcomes))
     rows = [_row(f"`{module}`", [each for each in outcomes if each.module == module], operators) for module in modules]
-    head = ["module", *operators, "all"]
+    head = ["module", "all", *operators]
     return [
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -104,7 +104,7 @@ def _table(outcomes: Sequence[Outcome], operators: Sequence[str]) -> list[str]:
 
 def _row(name: str, outcomes: Sequence[Outcome], operators: Sequence[str]) -> str:
     cells = [_cell([each for each in outcomes if each.operator == operator]) for operator in operators]
-    return "| " + " | ".join([name, *cells, _cell(outcomes)]) + " |"
+    return "| " + " | ".join([name, _cell(outcomes), *cells]) + " |"
 
 
 def _cell(outcomes: Sequence[Outcome]) -> str:
