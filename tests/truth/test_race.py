@@ -12,6 +12,8 @@ import pytest
 from patchclamp.cli.benchmark import contenders
 from patchclamp.testbed import BEDS, EASY_BEDS, Bed, benchmark
 
+# `make test-all` runs five seeds of every bed, with nulls.
+pytestmark = pytest.mark.timeout(1200)
 LONG = bool(os.environ.get("PATCHCLAMP_TEST_ALL"))
 SEEDS = range(5) if LONG else range(1)
 # Where each finder is at home. Those that choose few of many neurons that say the same (L1, adaptive, exact, hinge) are
