@@ -68,13 +68,14 @@ def expertise(
         codes = of.codes[there]
         return np.stack([ranked.average_precision(codes == each) for each in of.scored], axis=1)
 
-    def scores(of: Labelled) -> np.ndarray:
+    def above_chance(of: Labelled, precision: np.ndarray) -> np.ndarray:
         assert of.codes is not None
         share = np.asarray([(of.codes[there] == each).mean() for each in of.scored])
-        return (precisions(of) - share) / (1 - share)
+        return (precision - share) / (1 - share)
 
-    found = scores(given)
-    best = precisions(given)[np.arange(len(found)), found.argmax(1)]
+    precision = precisions(given)
+    found = above_chance(given, precision)
+    best = precision[np.arange(len(found)), found.argmax(1)]
     return table(
         given,
         found,
@@ -82,5 +83,5 @@ def expertise(
         null=null,
         permutations=permutations,
         seed=seed,
-        again=scores,
+        again=lambda of: above_chance(of, precisions(of)),
     )
