@@ -42,7 +42,8 @@ INTRODUCTION = """# A race of finders
 
 Neurons were planted, so the answer is known: {neurons} neurons in three networks (`testbed.plant`), {seeds} seeds of each, at the
 default difficulty, among decoys that fire where they do, less reliably, and do nothing. Each finder of the library ranks all neurons,
-as it was published; no finder was tuned on these networks, whose parameters were committed before any was run on them. (After a first
+as it was published; no finder was tuned on these networks, whose parameters were committed before any was run on them: while they were
+chosen, only differences of means were looked at, plain and in standard deviations (which is near to `activation_profiles`). (After a first
 race, `contrast` and `activation_profiles` were given what their papers compare, means over a text, in place of maxima.)
 
 - *average precision*: 1 where all planted neurons come first, mean over labels and seeds; *lowest*: of the seeds.
