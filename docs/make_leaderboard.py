@@ -69,7 +69,7 @@ READING = """
   `expertise`, `mutual_information`) cannot tell them apart from what was planted. When words are very rare, the filter of `lape` drops
   what was planted, and its figure falls to nothing at once.
 - `lape_ternary` has no filter: a neuron that fired three times, by chance on one language, has no entropy, and comes high.
-- A probe shares its weight among neurons that say the same: on the plain network, where all 576 neurons see the category, the weights
+- A probe shares its weight among neurons that say the same: on the plain network, where every neuron sees the category, the weights
   of `probe_neurons` single out few of those that were planted for it.
 - `coverage` ranks by how much of a layer's firing a neuron makes. That is what the paper wants of it (the units that a task uses),
   and it is not selectivity.

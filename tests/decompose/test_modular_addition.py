@@ -1,9 +1,8 @@
 """The analysis of S065 on a network that adds modulo 113: what it has found is waves, of many frequencies.
 
 The card expects five frequencies to hold over 80% of an embedding's power (for p = 53). This network, one layer of
-ReLU neurons without attention, does not end so: five hold about a third, three times what they hold untrained. (With
-twice the weight decay they held 0.34 after 2,500 steps.) Each *neuron*, though, comes to have one frequency, and the
-same one in what it reads and in what it writes.
+ReLU neurons without attention, does not end so: five hold about a third, three times what they hold untrained. Each
+*neuron*, though, comes to have one frequency, and the same one in what it reads and in what it writes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 
 import patchclamp as pc
 from patchclamp.statistics import roc_auc
-from patchclamp.testbed import languages
+from patchclamp.testbed import languages, trained
 from patchclamp.testbed.silencing import loss_by_label, loss_increase
 
 # Code against documentation -------------------------------------------------------------------------
@@ -73,12 +73,7 @@ def test_one_neuron_says_more_than_one_drawn_by_chance(docs: tuple[pc.Recording,
 
 @pytest.fixture(scope="module")
 def decoder() -> pc.Model:
-    try:
-        from patchclamp.testbed.trained import trained
-
-        return trained("four_languages").model
-    except (ImportError, pc.errors.UnknownName) as error:
-        pytest.skip(f"the trained decoder of four languages is not there: {error}")
+    return trained("four_languages").model
 
 
 @pytest.fixture(scope="module")

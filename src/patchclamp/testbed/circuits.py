@@ -143,13 +143,11 @@ def looks_back(module: nn.Module, part: dict[str, np.ndarray], scale: float) -> 
     query, key = np.zeros((HEAD, WIDTH)), np.zeros((HEAD, WIDTH))
     size = np.sqrt(_SHARP * np.sqrt(HEAD)) / scale
     if _is_gpt2(module):
-        half = POSITION // 2
         turn = np.block(
             [[np.diag(np.cos(_STEPS)), -np.diag(np.sin(_STEPS))], [np.diag(np.sin(_STEPS)), np.diag(np.cos(_STEPS))]]
         )
         query[:POSITION] = size * part["position"].T
         key[:POSITION] = size * turn @ part["position"].T
-        assert turn.shape == (2 * half, 2 * half)
         return query, key
     # Rotary positions turn query and key by themselves: a key that is one step ahead meets the query one step later.
     half = HEAD // 2

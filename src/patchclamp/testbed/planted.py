@@ -101,10 +101,6 @@ class Planted:
         wanted = pl.col("role") == role
         return self.truth.where(wanted if label is None else wanted & _names(label))
 
-    def answer(self, question: Question, label: str) -> Neurons:
-        """The neurons that a finder should rank first for one category."""
-        return self.of(question.role, label)
-
     def __repr__(self) -> str:
         roles = self.truth["role"].value_counts(sort=True)
         counts = ", ".join(f"{count} {role}" for role, count in roles.iter_rows())

@@ -139,9 +139,7 @@ def _decoys(setting: Setting, job: Job, made: np.random.Generator) -> Iterator[J
 
 def _tokens(setting: Setting) -> Iterator[Job]:
     known = setting.world.classes
-    pairs = [
-        (known["single"][each], known["after single"][each]) for each in range(min(setting.count, setting.world.slots))
-    ]
+    pairs = zip(known["single"], known["after single"], strict=True)
     for read, write in [*pairs, (words.REQUEST, words.CONSENT)]:
         yield Job("token", "", read, write, _hears(setting, read), _is(setting, read), _says(setting, write))
 
