@@ -18,6 +18,7 @@ from patchclamp.errors import DataError, unknown
 from patchclamp.model import load
 from patchclamp.neurons import Neurons
 from patchclamp.testbed.planted import Difficulty, Planted, Question
+from patchclamp.testbed.residual import unit
 from patchclamp.testbed.world import LANGUAGES
 
 PLAIN_ROLES = ("dead", "selective", "selective_several", "selective_all", "polysemantic")
@@ -52,8 +53,8 @@ def plain(
     for index, (role, reads, decoy_of) in zip(made.permutation(neurons), todo, strict=False):
         fires = np.isin(which, reads) | (odd & (len(LANGUAGES) in reads))
         noise = made.standard_normal(WIDTH) / np.sqrt(WIDTH)
-        direction = _unit(features[list(reads)].sum(0)) if reads else made.standard_normal(WIDTH)
-        direction = _unit(direction + (level.noise + 0.7 * bool(decoy_of)) * noise)
+        direction = unit(features[list(reads)].sum(0)) if reads else made.standard_normal(WIDTH)
+        direction = unit(direction + (level.noise + 0.7 * bool(decoy_of)) * noise)
         read[index], bias[index] = _reads(direction, given @ direction, fires, role, decoy_of)
         write[index] = _writes(role, reads)
         truth.append(_row(int(index), role, reads, decoy_of))
@@ -171,7 +172,3 @@ def _writes(role: str, reads: tuple[int, ...]) -> np.ndarray:
     elif role != "decoy_without_effect":
         row[[each for each in reads if each < len(LANGUAGES)]] = 0.5
     return row
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)

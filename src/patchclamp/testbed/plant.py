@@ -28,7 +28,7 @@ from patchclamp.testbed import circuits
 from patchclamp.testbed.circuits import Architecture, Head
 from patchclamp.testbed.plain import plain, quantile_of_each
 from patchclamp.testbed.planted import Difficulty, Planted, Question
-from patchclamp.testbed.residual import CODE, HEAD, PREVIOUS, WIDTH, codes, residual
+from patchclamp.testbed.residual import CODE, HEAD, PREVIOUS, WIDTH, codes, residual, unit
 from patchclamp.testbed.roles import ROLES, Job, Places, Setting, jobs
 from patchclamp.testbed.world import BEGINNING, LANGUAGES, RELATIONS, documents, world
 
@@ -273,8 +273,8 @@ class _Sample:
 
     def reads(self, job: Job, noise: float, made: np.random.Generator) -> tuple[np.ndarray, float]:
         """Weights `[WIDTH]` and the bias, so that the neuron fires where it should as far as it can."""
-        direction = _unit(made.standard_normal(WIDTH)) if job.read is None else _unit(job.read)
-        direction = _unit(direction + noise * _unit(made.standard_normal(WIDTH)))
+        direction = unit(made.standard_normal(WIDTH)) if job.read is None else unit(job.read)
+        direction = unit(direction + noise * unit(made.standard_normal(WIDTH)))
         found = self.levels(direction)
         of_role = job.decoy_of or job.role
         inside = self.counts | job.fires if of_role == "massive" else self.counts
@@ -298,7 +298,7 @@ class _Sample:
     ) -> tuple[np.ndarray, float]:
         """Weights and bias of a neuron of another model, noisy and scaled."""
         size = np.linalg.norm(read)
-        noisy = size * _unit(read / size + 0.3 * noise * _unit(made.standard_normal(WIDTH)))
+        noisy = size * unit(read / size + 0.3 * noise * unit(made.standard_normal(WIDTH)))
         # It fires as often as the first one does: the stream that it reads is not quite the same.
         rate = (first.levels(read)[first.counts] > -bias).mean()
         threshold = float(np.quantile(self.levels(noisy)[self.counts], 1 - rate))
@@ -353,7 +353,3 @@ def _row_of(vector: np.ndarray) -> np.ndarray:
 
 def _orthogonal(made: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     return np.linalg.qr(made.standard_normal((columns, rows)))[0].T
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)

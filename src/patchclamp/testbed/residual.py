@@ -101,6 +101,11 @@ def codes(classes: dict[str, tuple[str, ...]], alone: tuple[str, ...], superposi
     return Codes(_norm(np.concatenate(code)), _norm(np.concatenate(output)), features, outputs)
 
 
+def unit(vector: np.ndarray) -> np.ndarray:
+    """A vector of the same direction, of length 1."""
+    return vector / np.linalg.norm(vector)
+
+
 # Helpers --------------------------------------------------------------------------------------------
 
 # How much of a word's code is that of its class.

@@ -14,7 +14,7 @@ import numpy as np
 
 from patchclamp.errors import unknown
 from patchclamp.testbed import world as words
-from patchclamp.testbed.residual import CODE, Codes, Residual
+from patchclamp.testbed.residual import CODE, Codes, Residual, unit
 from patchclamp.testbed.world import LANGUAGES, RELATIONS, World
 
 ROLES = (
@@ -128,8 +128,8 @@ _STRENGTH = 0.4  # what a neuron writes where it fires; a word's own code has 1
 
 def _decoys(setting: Setting, job: Job, made: np.random.Generator) -> Iterator[Job]:
     # It hears half of what it should, and something else besides.
-    away = setting.residual.parts["code"] @ _unit(made.standard_normal(CODE))
-    read = None if job.read is None else _unit(_unit(job.read) + 0.9 * away)
+    away = setting.residual.parts["code"] @ unit(made.standard_normal(CODE))
+    read = None if job.read is None else unit(unit(job.read) + 0.9 * away)
     nothing = np.zeros_like(job.write)
     form = _says(setting, *words.FORMAT)
     writes = {"decoy_without_effect": ("nothing", nothing), "decoy_format": (" ".join(words.FORMAT), form)}
@@ -305,7 +305,7 @@ def _hears(setting: Setting, word: str) -> np.ndarray:
 
 
 def _heard_before(setting: Setting, word: str) -> np.ndarray:
-    return _unit(setting.residual.parts["previous"] @ setting.look_back @ setting.codes.code[_id(setting, word)])
+    return unit(setting.residual.parts["previous"] @ setting.look_back @ setting.codes.code[_id(setting, word)])
 
 
 def _says(setting: Setting, *spoken: str) -> np.ndarray:
@@ -319,8 +319,4 @@ def _says_class(setting: Setting, *classes: str) -> np.ndarray:
 
 def _answers_to_all(features: list[np.ndarray]) -> np.ndarray:
     """The direction along which all features are equally large, however they overlap."""
-    return _unit(np.linalg.lstsq(np.stack(features), np.ones(len(features)), rcond=None)[0])
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)
+    return unit(np.linalg.lstsq(np.stack(features), np.ones(len(features)), rcond=None)[0])
