@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from patchclamp.data import Tensors as Tensors
     from patchclamp.data import Texts as Texts
     from patchclamp.data import corpora as corpora
+    from patchclamp.directions import Directions as Directions
     from patchclamp.intervene import ablate as ablate
     from patchclamp.intervene import clamp as clamp
     from patchclamp.intervene import patch as patch
+    from patchclamp.intervene import patch_path as patch_path
     from patchclamp.intervene import scale as scale
+    from patchclamp.intervene import steer as steer
     from patchclamp.model import Activations as Activations
     from patchclamp.model import Model as Model
     from patchclamp.model import Site as Site
@@ -74,6 +77,7 @@ _HOME = {
     "Chats": "patchclamp.data",
     "CoFiring": "patchclamp.recording",
     "Correlation": "patchclamp.recording",
+    "Directions": "patchclamp.directions",
     "Exemplars": "patchclamp.recording",
     "FiringRate": "patchclamp.recording",
     "FractionOfMaximum": "patchclamp.recording",
@@ -105,10 +109,12 @@ _HOME = {
     "find": "patchclamp.find",
     "load": "patchclamp.model",
     "patch": "patchclamp.intervene",
+    "patch_path": "patchclamp.intervene",
     "record": "patchclamp.recording",
     "statistics": "patchclamp.statistics",
     "record_over": "patchclamp.recording",
     "scale": "patchclamp.intervene",
+    "steer": "patchclamp.intervene",
     "testbed": "patchclamp.testbed",
 }
 

@@ -302,7 +302,7 @@ def test_what_they_do_not_take() -> None:
     for make in (pc.ablate, lambda n: pc.clamp(n, 1.0), lambda n: pc.scale(n, 1.0)):
         with pytest.raises(DataError, match=r"takes Neurons, as in pc\.Neurons.*, not dict"):
             make({"mlp.0": [1]})  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r'ablate\(to=\.\.\.\) is "zero" or "mean", not \'median\''):
+    with pytest.raises(DataError, match=r'ablate\(to=\.\.\.\) is "zero", "mean" or "resample", not \'median\''):
         pc.ablate(neurons, to="median")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r'ablate\(to="mean"\) needs the means: give recording='):
         pc.ablate(neurons, to="mean")

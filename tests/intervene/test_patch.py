@@ -288,7 +288,7 @@ def test_what_it_does_not_take() -> None:
         (lambda: pc.patch("mlp.0", source / 0), r"to put at mlp\.0 hold a NaN or an infinity"),
         (lambda: pc.patch("mlp.0", source, 3), r"positions=\.\.\.\) is a list of token indices, not 3"),  # type: ignore[arg-type]
         (lambda: pc.patch("mlp.0", source, [1.0]), r"is a list of token indices, not \[1\.0\]"),  # type: ignore[list-item]
-        (lambda: pc.patch("mlp.0", source, "last"), "is a list of token indices, not 'last'"),  # type: ignore[arg-type]
+        (lambda: pc.patch("mlp.0", source, "last"), "is .prompt., .generated. or token indices, not 'last'"),  # type: ignore[arg-type]
         (lambda: pc.patch("mlp.0", source, [True]), r"is a list of token indices, not \[True\]"),
     ):
         with pytest.raises(DataError, match=message):

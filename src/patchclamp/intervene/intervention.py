@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from patchclamp.errors import DataError, UnknownName
+from patchclamp.intervene.where import Where
 from patchclamp.model.model import Model
 from patchclamp.neurons import Neurons
 
@@ -17,7 +18,7 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Replace the activation of each neuron by `factor * activation + value`, at every position.
+    """Replace the activation of each neuron by `factor * activation + value`.
 
     Made by `ablate`, `clamp` and `scale`. With `factor` 0 the activation is replaced outright, so that a
     NaN or an infinity does not survive.
@@ -27,19 +28,28 @@ class Intervention:
         neurons: the neurons it acts on.
         factor: what the activations are multiplied by.
         values: site -> `[neurons at the site]` float64, what is added after that.
+        where: the positions and examples at which it acts; None for all.
+        pools: site -> `[rows, neurons at the site]`: instead of a value, each position gets a row drawn from these.
+        seed: of the drawing.
     """
 
     kind: str
     neurons: Neurons
     factor: float
     values: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    where: Where | None = None
+    pools: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    seed: int = 0
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Intervention)
-            and (self.kind, self.factor, self.neurons) == (other.kind, other.factor, other.neurons)
+            and (self.kind, self.factor, self.where) == (other.kind, other.factor, other.where)
+            and self.neurons == other.neurons
             and self.values.keys() == other.values.keys()
             and all(np.array_equal(each, other.values[site]) for site, each in self.values.items())
+            and (self.pools.keys(), self.seed) == (other.pools.keys(), other.seed)
+            and all(torch.equal(each, other.pools[site]) for site, each in self.pools.items())
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -56,7 +66,11 @@ class Intervention:
             indices = self.neurons.indices(name)
             if site.size is not None and int(indices.max()) >= site.size:
                 raise UnknownName(f"{name}:{indices.max()} does not exist: {name} has neurons 0 to {site.size - 1}")
-            found[name] = _edit(name, torch.from_numpy(indices.copy()), self.factor, self.values.get(name))
+            there = torch.from_numpy(indices.copy())
+            if name in self.pools:
+                found[name] = _drawing(name, there, self.pools[name], self.seed)
+            else:
+                found[name] = _edit(name, there, self.factor, self.values.get(name))
         return found
 
 
@@ -75,9 +89,7 @@ def _edit(name: str, indices: torch.Tensor, factor: float, values: np.ndarray | 
     added = None if values is None else torch.from_numpy(np.asarray(values, np.float64).copy())
 
     def edit(tensor: torch.Tensor) -> torch.Tensor:
-        where = indices.to(tensor.device)
-        if int(indices.max()) >= tensor.shape[-1]:
-            raise UnknownName(f"{name}:{int(indices.max())} does not exist: {name} has {tensor.shape[-1]} neurons")
+        where = _there(name, indices, tensor)
         changed = tensor.clone()
         if factor == 0.0:
             changed[..., where] = 0.0 if added is None else added.to(tensor)
@@ -87,3 +99,23 @@ def _edit(name: str, indices: torch.Tensor, factor: float, values: np.ndarray | 
         return changed
 
     return edit
+
+
+def _drawing(name: str, indices: torch.Tensor, pool: torch.Tensor, seed: int) -> Edit:
+    generator = torch.Generator().manual_seed(seed)
+
+    def edit(tensor: torch.Tensor) -> torch.Tensor:
+        where = _there(name, indices, tensor)
+        rows = torch.randint(len(pool), tensor.shape[:-1], generator=generator)
+        changed = tensor.clone()
+        changed[..., where] = pool[rows].to(tensor)
+        return changed
+
+    return edit
+
+
+def _there(name: str, indices: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    last = int(indices.max())
+    if last >= tensor.shape[-1]:
+        raise UnknownName(f"{name}:{last} does not exist: {name} has {tensor.shape[-1]} neurons")
+    return indices.to(tensor.device)

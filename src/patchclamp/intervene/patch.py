@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from patchclamp.errors import DataError, UnknownName, unknown
+from patchclamp.intervene.where import Positions, Where
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.neurons import Neurons
@@ -20,7 +20,9 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 def patch(
     where: Neurons | str | Site | Iterable[str | Site],
     source: torch.Tensor | Mapping[str, torch.Tensor],
-    positions: Sequence[int] | None = None,
+    positions: Positions = None,
+    *,
+    examples: Iterable[int] | None = None,
 ) -> Patch:
     """Put given activations in the place of the model's own, as `model.activations` gave them on another input.
 
@@ -32,8 +34,10 @@ def patch(
             `Neurons` the last axis is the whole site, or only the neurons in the order of the table. For a `pattern`
             site: `[heads, queries, keys]`, with or without the batch in front. The values are copied; they
             are converted to the model's type and device, and no gradient flows into them.
-        positions: indices of the tokens (of a pattern: of the queries) at which to replace; negative ones count
-            from the end, padding included. None for all.
+        positions: numbers of the tokens of each text (of a pattern: of the queries) at which to replace, without
+            padding; negative ones count from the end of the text, while generating from that of the prompt. None for
+            all.
+        examples: the rows of a batch in which to replace. None for all.
 
     Returns:
         An intervention for `model.intervene`. While it runs, each call raises `DataError` where the activations do
@@ -60,7 +64,7 @@ def patch(
         if name not in given:
             raise unknown("site of the source", name, given)
     values = {name: _checked_values(name, given[name]) for name in names}
-    return Patch(tuple(places), values, neurons, _checked_positions(positions))
+    return Patch(tuple(places), values, neurons, Where.of(positions, examples, "patch"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +75,20 @@ class Patch:
         sites: where.
         values: name of a site -> the activations that are put there.
         neurons: the neurons that are replaced; None for whole sites.
-        positions: the tokens at which they are replaced; None for all.
+        where: the positions and examples at which they are replaced; None for all.
     """
 
     sites: tuple[str | Site, ...]
     values: Mapping[str, torch.Tensor] = field(repr=False)
     neurons: Neurons | None = None
-    positions: tuple[int, ...] | None = None
+    where: Where | None = None
+
+    kind = "patch"
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Patch)
-            and (self.sites, self.positions) == (other.sites, other.positions)
+            and (self.sites, self.where) == (other.sites, other.where)
             and self.neurons == other.neurons
             and all(torch.equal(each, other.values[name]) for name, each in self.values.items())
         )
@@ -107,7 +113,7 @@ class Patch:
                     raise UnknownName(
                         f"{site.name}:{int(indices.max())} does not exist: {site.name} has neurons 0 to {site.size - 1}"
                     )
-            found[site.name] = _edit(site, self.values[_name(place)], indices, self.positions)
+            found[site.name] = _edit(site, self.values[_name(place)], indices)
         return found
 
 
@@ -135,18 +141,7 @@ def _checked_values(name: str, given: Any) -> torch.Tensor:
     return values
 
 
-def _checked_positions(positions: Any) -> tuple[int, ...] | None:
-    if positions is None:
-        return None
-    try:
-        if isinstance(positions, str) or any(isinstance(each, bool) for each in positions):
-            raise TypeError
-        return tuple(operator.index(each) for each in positions)
-    except TypeError as error:
-        raise DataError(f"patch(positions=...) is a list of token indices, not {positions!r:.60}") from error
-
-
-def _edit(site: Site, values: torch.Tensor, indices: torch.Tensor | None, positions: Sequence[int] | None) -> Edit:
+def _edit(site: Site, values: torch.Tensor, indices: torch.Tensor | None) -> Edit:
     pattern = site.through == "attention"
     if pattern and values.ndim >= 3:
         values = values.movedim(-3, -1)  # an edit has the neurons, here the heads, on its last axis
@@ -166,25 +161,9 @@ def _edit(site: Site, values: torch.Tensor, indices: torch.Tensor | None, positi
         if tuple(given.shape) not in (tuple(wanted), (1, *wanted[1:]), tuple(wanted[1:])):
             raise DataError(_misfit(site, values, tensor, pattern))
         changed[..., columns] = given.to(tensor)
-        if positions is None:
-            return changed
-        rows = _rows(site, positions, tensor)
-        result = tensor.clone()
-        result[:, rows] = changed[:, rows]
-        return result
+        return changed
 
     return edit
-
-
-def _rows(site: Site, positions: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
-    """The positions, counted from 0."""
-    if tensor.ndim < 3:
-        raise DataError(f"{site.name} has no positions to choose from: its tensor here is {list(tensor.shape)}")
-    length = tensor.shape[1]
-    for each in positions:
-        if not -length <= each < length:
-            raise DataError(f"patch(positions=...): there is no position {each} at {site.name}; there are {length}")
-    return torch.tensor([each % length for each in positions], dtype=torch.int64, device=tensor.device)
 
 
 def _misfit(site: Site, values: torch.Tensor, tensor: torch.Tensor, pattern: bool) -> str:

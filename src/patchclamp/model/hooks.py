@@ -65,10 +65,21 @@ def hooked(root: nn.Module, edits: Sequence[tuple[Site, Edit]]) -> Iterator[None
     def tap(site: Site, edit: Edit) -> Tap:
         return Tap(site, lambda seen: edit(seen.tensor))
 
-    for site, _ in edits:
-        if site.fixed:
-            raise ModelError(f"{site.name} can be read but not written: {site.fixed}")
-    with tapped(root, [tap(site, edit) for site, edit in edits]):
+    with writing(root, [tap(site, edit) for site, edit in edits]):
+        yield
+
+
+@contextmanager
+def writing(root: nn.Module, taps: Sequence[Tap]) -> Iterator[None]:
+    """While the block runs, the taps change their sites, in this order.
+
+    Raises:
+        ModelError: a site that can only be read.
+    """
+    for tap in taps:
+        if tap.site.fixed:
+            raise ModelError(f"{tap.site.name} can be read but not written: {tap.site.fixed}")
+    with tapped(root, taps):
         yield
 
 

@@ -19,10 +19,12 @@ from torch import nn
 from patchclamp.errors import DataError, ModelError, SiteNotReached, unknown
 from patchclamp.model.activations import joined, labelled
 from patchclamp.model.aliases import unalias
+from patchclamp.model.applying import taps_of
 from patchclamp.model.blocks import Block, blocks_of
+from patchclamp.model.calls import following
 from patchclamp.model.example import Example, input_device
 from patchclamp.model.experts import expert_input_weights, expert_output_weights
-from patchclamp.model.hooks import Edit, hooked, reading
+from patchclamp.model.hooks import Edit, reading, writing
 from patchclamp.model.inspection import Inspection, inspect
 from patchclamp.model.kinds import Kind, groups_of, kinds_of
 from patchclamp.model.modules import linear_shape
@@ -350,24 +352,22 @@ class Model:
             SiteNotReached: the module was called, but a site of the intervention was never reached,
                 so it had no effect.
         """
-        edits: list[tuple[Site, Edit]] = []
         reached: set[str] = set()
         calls = 0
-        for intervention in interventions:
-            for name, edit in intervention.edits(self).items():
-                edits.append((self.site(name), _noting(edit, name, reached)))
 
         def count(*_: Any) -> None:
             nonlocal calls
             calls += 1
 
-        with hooked(self.module, edits):
-            handle = self.module.register_forward_hook(count)
-            try:
-                yield self
-            finally:
-                handle.remove()
-        missed = [site.name for site, _ in edits if site.name not in reached]
+        with following(self.module, self._encoder) as running:
+            taps = taps_of(self, interventions, running, reached)
+            with writing(self.module, taps):
+                handle = self.module.register_forward_hook(count)
+                try:
+                    yield self
+                finally:
+                    handle.remove()
+        missed = [tap.site.name for tap in taps if tap.site.name not in reached]
         if calls and missed:
             raise SiteNotReached(
                 f"the intervention had no effect at {missed[0]}: in {calls} forward passes its module "
@@ -396,6 +396,11 @@ class Model:
         return bool(getattr(getattr(self.module, "config", None), "is_encoder_decoder", False)) and accepts(
             self.module, "decoder_input_ids"
         )
+
+    @property
+    def _encoder(self) -> nn.Module | None:
+        # `generate` calls the encoder of two stacks by itself.
+        return self.module.get_encoder() if self.is_encoder_decoder else None  # type: ignore[operator]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -540,11 +545,3 @@ def _checked_texts(texts: str | Sequence[str]) -> list[str]:
 
 def _not_a_site(given: object) -> DataError:
     return DataError(f"a site is named by a text such as 'mlp.3' or 'mlp.*', not by {given!r}")
-
-
-def _noting(edit: Edit, name: str, reached: set[str]) -> Edit:
-    def wrapped(tensor: torch.Tensor) -> torch.Tensor:
-        reached.add(name)
-        return edit(tensor)
-
-    return wrapped

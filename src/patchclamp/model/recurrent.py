@@ -270,8 +270,10 @@ def _stepped(call: _Call, layer: int, values: torch.Tensor, taps: list[Tap]) -> 
     dtype = _kept_in(call, layer, values)
     rows = values if call.batch_sizes is not None else values.flatten(0, 1)
     hidden, finals, passed = [], [], []
+    places = _places_of_steps(call, rows.device)
     for reverse, weights in enumerate(call.weights_of(layer)):
-        passing = _Passing([tap for tap in taps if tap.site.unit % 2 == reverse])
+        there = places if places is None or not reverse else places[::-1]
+        passing = _Passing([tap for tap in taps if tap.site.unit % 2 == reverse], there, call.sizes)
         start = tuple(state[reverse].to(dtype) for state in call.states_of(layer))
         every, final = stepped_direction(call.kernel, rows, call.sizes, start, weights, reverse == 1, passing)
         hidden.append(every)
@@ -298,17 +300,20 @@ def _kept_in(call: _Call, layer: int, values: torch.Tensor) -> torch.dtype:
 class _Passing:
     """The taps of one direction, in their order, at each time step."""
 
-    def __init__(self, taps: list[Tap]) -> None:
+    def __init__(self, taps: list[Tap], places: list[torch.Tensor] | None, sizes: Sequence[int]) -> None:
+        self._places = None if places is None else iter(places)
+        self._shape = (len(sizes), sizes[0] if sizes else 0)
         self.kept: list[tuple[Tap, list[torch.Tensor]]] = [(tap, []) for tap in taps if not tap.writes]
         readers = iter(self.kept)
         self._taps = [(tap, None if tap.writes else next(readers)[1]) for tap in taps]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        place = None if self._places is None else next(self._places)
         for tap, kept in self._taps:
             if kept is not None:
                 kept.append(hidden)
                 continue
-            new = tap.see(Seen(hidden))
+            new = tap.see(Seen(hidden, place, *self._shape))
             if not isinstance(new, torch.Tensor):
                 raise ModelError(f"{tap.site.name}: an edit returned {type(new).__name__}, not a tensor")
             if (new.shape, new.dtype) != (hidden.shape, hidden.dtype):
@@ -316,6 +321,17 @@ class _Passing:
                 raise ModelError(f"{tap.site.name}: an edit made {now} of {was}; shape and type have to stay")
             hidden = new
         return hidden
+
+
+def _places_of_steps(call: _Call, device: torch.device) -> list[torch.Tensor] | None:
+    """For each time step, where its rows are in the rectangle of the batch; None where nobody knows."""
+    length = len(call.sizes)
+    if call.batch_sizes is None:
+        examples = torch.arange(call.sizes[0] if call.sizes else 0, device=device) * length
+        return [examples + time for time in range(length)]
+    if not isinstance(call.given, PackedSequence):
+        return None
+    return list(_place(call.given).to(device).split(list(call.sizes)))
 
 
 def _show(call: _Call, taps: list[Tap], values: torch.Tensor) -> None:

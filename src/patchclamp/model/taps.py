@@ -30,6 +30,8 @@ class Seen(NamedTuple):
     a packed sequence): the position of each row, `example * length + position`, in the rectangle of the batch."""
     length: int | None = None
     """The width of that rectangle, where the module that is tapped knows it."""
+    examples: int | None = None
+    """Its height, likewise."""
 
 
 @dataclass(frozen=True)

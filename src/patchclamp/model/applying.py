@@ -1,0 +1,61 @@
+"""From interventions to taps: each edit at its site, in order, at its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from patchclamp.model.calls import Call, Calls
+from patchclamp.model.site import Site
+from patchclamp.model.taps import Seen, Tap
+
+SeenEdit = Callable[[Seen, Call], torch.Tensor]
+"""What an edit makes of what a site shows in a call."""
+
+
+def seen_edits(intervention: Any, model: Any) -> dict[str, SeenEdit]:
+    """Name of a site -> what an intervention makes of it there, its positions heeded.
+
+    An intervention has `edits(model)`, and may have `where`, with a method `mask(site, seen, call)`; or it has
+    `seen_edits(model)` of its own.
+    """
+    own = getattr(intervention, "seen_edits", None)
+    if own is not None:
+        return dict(own(model))
+    where = getattr(intervention, "where", None)
+    return {name: _located(model.site(name), edit, where) for name, edit in intervention.edits(model).items()}
+
+
+def taps_of(model: Any, interventions: Sequence[Any], calls: Calls, reached: set[str]) -> list[Tap]:
+    """The taps of several interventions, in order; `reached` collects the names of sites that were seen."""
+    return [
+        _tap(model.site(name), edit, calls, reached)
+        for intervention in interventions
+        for name, edit in seen_edits(intervention, model).items()
+    ]
+
+
+def _tap(site: Site, edit: SeenEdit, calls: Calls, reached: set[str]) -> Tap:
+    def see(seen: Seen) -> torch.Tensor:
+        reached.add(site.name)
+        call = calls.at(site)
+        changed = edit(seen, call)
+        call.steps[site.name] = call.steps.get(site.name, 0) + 1
+        return changed
+
+    return Tap(site, see)
+
+
+def _located(site: Site, edit: Callable[[torch.Tensor], torch.Tensor], where: Any) -> SeenEdit:
+    if where is None:
+        return lambda seen, _call: edit(seen.tensor)
+
+    def at(seen: Seen, call: Call) -> torch.Tensor:
+        mask = where.mask(site, seen, call)
+        if not bool(mask.any()):
+            return seen.tensor
+        return torch.where(mask, edit(seen.tensor), seen.tensor)
+
+    return at
