@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from patchclamp import find as find
     from patchclamp import statistics as statistics
     from patchclamp import testbed as testbed
+    from patchclamp import verify as verify
     from patchclamp.atlas import Atlas as Atlas
     from patchclamp.atlas import NeuronCard as NeuronCard
     from patchclamp.data import Chats as Chats
@@ -116,6 +117,7 @@ _HOME = {
     "scale": "patchclamp.intervene",
     "steer": "patchclamp.intervene",
     "testbed": "patchclamp.testbed",
+    "verify": "patchclamp.verify",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -73,7 +73,7 @@ def ablate(
 
 
 def _pools(neurons: Neurons, source: Any) -> dict[str, torch.Tensor]:
-    """Site -> `[rows, neurons at the site]`, what is drawn from."""
+    """Site -> `[rows, size]`, what is drawn from."""
     if source is None:
         raise DataError('ablate(to="resample") needs source=: activations on other inputs, as model.activations gives')
     several = [source] if isinstance(source, Mapping) else list(source)
@@ -87,7 +87,7 @@ def _pools(neurons: Neurons, source: Any) -> dict[str, torch.Tensor]:
             values = torch.as_tensor(each[site]).detach().as_subclass(torch.Tensor)
             if values.ndim < 1 or int(indices.max()) >= values.shape[-1]:
                 raise DataError(f"the source of {site} is {list(values.shape)}, which has no neuron {indices.max()}")
-            parts.append(values.reshape(-1, values.shape[-1])[:, indices.to(values.device)].cpu())
+            parts.append(values.reshape(-1, values.shape[-1]).cpu())
         pools[site] = torch.cat(parts)
         if not len(pools[site]) or not pools[site].isfinite().all():
             raise DataError(f"the source of {site} is empty, or not finite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Intervention:
         factor: what the activations are multiplied by.
         values: site -> `[neurons at the site]` float64, what is added after that.
         where: the positions and examples at which it acts; None for all.
-        pools: site -> `[rows, neurons at the site]`: instead of a value, each position gets a row drawn from these.
+        pools: site -> `[rows, size]`: instead of a value, each position gets a row drawn from these.
         seed: of the drawing.
     """
 
@@ -73,6 +73,18 @@ class Intervention:
                 found[name] = _edit(name, there, self.factor, self.values.get(name))
         return found
 
+    def moved(self, neurons: Neurons, means: Mapping[str, np.ndarray]) -> Intervention:
+        """The same on other neurons: row by row in the place of these, at the same sites.
+
+        Args:
+            neurons: as many, each at the site of the one whose place it takes.
+            means: site -> `[size]`, mean activations; ablation to the mean holds each neuron at its own.
+        """
+        values = self.values
+        if self.kind == "ablate" and values:
+            values = {site: means[site][neurons.indices(site)] for site in neurons.sites}
+        return replace(self, neurons=neurons, values=values)
+
 
 def checked_neurons(neurons: Neurons, what: str) -> Neurons:
     """The neurons, if they are a table of neurons.
@@ -108,7 +120,7 @@ def _drawing(name: str, indices: torch.Tensor, pool: torch.Tensor, seed: int) ->
         where = _there(name, indices, tensor)
         rows = torch.randint(len(pool), tensor.shape[:-1], generator=generator)
         changed = tensor.clone()
-        changed[..., where] = pool[rows].to(tensor)
+        changed[..., where] = pool[:, indices][rows].to(tensor)
         return changed
 
     return edit

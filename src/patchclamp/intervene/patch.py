@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,19 @@ class Patch:
                     )
             found[site.name] = _edit(site, self.values[_name(place)], indices)
         return found
+
+    def moved(self, neurons: Neurons, means: Mapping[str, Any]) -> Patch:
+        """The same on other neurons at the same sites.
+
+        Raises:
+            DataError: whole sites are patched, or the source has the values of the patched neurons only.
+        """
+        if self.neurons is None:
+            raise DataError("a patch of whole sites cannot be moved to other neurons: give neurons")
+        for site in neurons.sites:
+            if self.values[site].shape[-1] == len(self.neurons.indices(site)):
+                raise DataError(f"the source of {site} has the patched neurons only: give that of the whole site")
+        return replace(self, neurons=neurons)
 
 
 def _places(where: str | Site | Iterable[str | Site]) -> list[str | Site]:

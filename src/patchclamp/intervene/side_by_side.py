@@ -14,7 +14,8 @@ import torch
 
 from patchclamp.errors import DataError
 from patchclamp.model.applying import SeenEdit, seen_edits
-from patchclamp.model.calls import Call, rectangle
+from patchclamp.model.calls import Call
+from patchclamp.model.layout import layout_of
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.model.taps import Seen
@@ -49,16 +50,15 @@ class SideBySide:
 
 def _shared(site: Site, parts: list[list[SeenEdit]]) -> SeenEdit:
     def edit(seen: Seen, call: Call) -> torch.Tensor:
-        examples, length = rectangle(site, seen, call)
+        examples, length, *_ = layout_of(site, seen, call)
         if examples % len(parts):
             raise DataError(f"{len(parts)} interventions side by side need a batch of that many parts, not {examples}")
         each = examples // len(parts)
         if seen.place is not None:
             return _placed(seen, call, parts, each, length)
         changed = []
-        for number, edits in enumerate(parts):
-            rows = slice(number * each, (number + 1) * each)
-            changed.append(_all(edits, Seen(seen.tensor[rows]), call.rows(rows)))
+        for number, (edits, tensor) in enumerate(zip(parts, seen.tensor.chunk(len(parts)), strict=True)):
+            changed.append(_all(edits, Seen(tensor), call.rows(slice(number * each, (number + 1) * each))))
         return torch.cat(changed)
 
     return edit
@@ -74,7 +74,10 @@ def _placed(seen: Seen, call: Call, parts: list[list[SeenEdit]], each: int, leng
         if edits and len(there):
             rows = slice(number * each, (number + 1) * each)
             place = seen.place[there] - number * each * length
-            new = _all(edits, Seen(seen.tensor[there], place, seen.length, each), call.rows(rows))
+            # Whoever does not know the rectangle is told by the call.
+            known = None if seen.examples is None else each
+            lengths = None if seen.lengths is None else seen.lengths[rows]
+            new = _all(edits, Seen(seen.tensor[there], place, seen.length, known, lengths), call.rows(rows))
             changed = changed.index_copy(0, there, new)
     return changed
 

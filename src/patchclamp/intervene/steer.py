@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Literal
 
+import numpy as np
 import torch
 
 from patchclamp.directions import Directions
@@ -98,6 +99,15 @@ class Steer:
                 raise DataError(f"{site.name} has {site.size} neurons; the directions there have {vectors.shape[1]}")
             found[site.name] = self._edit(site.name, torch.from_numpy(vectors.copy()))
         return found
+
+    def at_random(self, generator: np.random.Generator) -> Steer:
+        """The same with directions drawn at random, as long as these are."""
+        drawn = {}
+        for site, vectors in self.directions.items():
+            new = generator.standard_normal(vectors.shape)
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            drawn[site] = new / np.linalg.norm(new, axis=1, keepdims=True) * lengths
+        return replace(self, directions=Directions(drawn, self.directions.names))
 
     def _edit(self, name: str, vectors: torch.Tensor) -> Edit:
         if self.how == "project_out":

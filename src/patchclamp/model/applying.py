@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from patchclamp.model.calls import Call, Calls
+from patchclamp.model.layout import width_of
 from patchclamp.model.site import Site
 from patchclamp.model.taps import Seen, Tap
 
@@ -30,20 +32,21 @@ def seen_edits(intervention: Any, model: Any) -> dict[str, SeenEdit]:
 
 def taps_of(model: Any, interventions: Sequence[Any], calls: Calls, reached: set[str]) -> list[Tap]:
     """The taps of several interventions, in order; `reached` collects the names of sites that were seen."""
-    return [
-        _tap(model.site(name), edit, calls, reached)
+    found = [
+        (model.site(name), edit)
         for intervention in interventions
         for name, edit in seen_edits(intervention, model).items()
     ]
+    return [_tap(site, edit, calls, reached, key) for key, (site, edit) in enumerate(found)]
 
 
-def _tap(site: Site, edit: SeenEdit, calls: Calls, reached: set[str]) -> Tap:
+def _tap(site: Site, edit: SeenEdit, calls: Calls, reached: set[str], key: int) -> Tap:
     def see(seen: Seen) -> torch.Tensor:
         reached.add(site.name)
         call = calls.at(site)
-        changed = edit(seen, call)
-        call.steps[site.name] = call.steps.get(site.name, 0) + 1
-        return changed
+        start = call.shown.get(key, 0)
+        call.shown[key] = start + width_of(site, seen)
+        return edit(seen, replace(call, start=start))
 
     return Tap(site, see)
 

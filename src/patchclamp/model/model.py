@@ -25,7 +25,7 @@ from patchclamp.model.calls import following
 from patchclamp.model.example import Example, input_device
 from patchclamp.model.experts import expert_input_weights, expert_output_weights
 from patchclamp.model.hooks import Edit, reading, writing
-from patchclamp.model.inspection import Inspection, inspect
+from patchclamp.model.inspection import Inspection, Stack, inspect
 from patchclamp.model.kinds import Kind, groups_of, kinds_of
 from patchclamp.model.modules import linear_shape
 from patchclamp.model.probe import probe
@@ -375,6 +375,11 @@ class Model:
             )
 
     # What the rooms above need ----------------------------------------------------------------------
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The lists of blocks that were recognised."""
+        return self._inspected.stacks
 
     @property
     def device(self) -> torch.device:

@@ -273,7 +273,7 @@ def _stepped(call: _Call, layer: int, values: torch.Tensor, taps: list[Tap]) -> 
     places = _places_of_steps(call, rows.device)
     for reverse, weights in enumerate(call.weights_of(layer)):
         there = places if places is None or not reverse else places[::-1]
-        passing = _Passing([tap for tap in taps if tap.site.unit % 2 == reverse], there, call.sizes)
+        passing = _Passing([tap for tap in taps if tap.site.unit % 2 == reverse], there, call)
         start = tuple(state[reverse].to(dtype) for state in call.states_of(layer))
         every, final = stepped_direction(call.kernel, rows, call.sizes, start, weights, reverse == 1, passing)
         hidden.append(every)
@@ -300,9 +300,10 @@ def _kept_in(call: _Call, layer: int, values: torch.Tensor) -> torch.dtype:
 class _Passing:
     """The taps of one direction, in their order, at each time step."""
 
-    def __init__(self, taps: list[Tap], places: list[torch.Tensor] | None, sizes: Sequence[int]) -> None:
+    def __init__(self, taps: list[Tap], places: list[torch.Tensor] | None, call: _Call) -> None:
         self._places = None if places is None else iter(places)
-        self._shape = (len(sizes), sizes[0] if sizes else 0)
+        packed = isinstance(call.given, PackedSequence)
+        self._rectangle = (len(call.sizes), call.sizes[0], _lengths(call.given) if packed else None)
         self.kept: list[tuple[Tap, list[torch.Tensor]]] = [(tap, []) for tap in taps if not tap.writes]
         readers = iter(self.kept)
         self._taps = [(tap, None if tap.writes else next(readers)[1]) for tap in taps]
@@ -313,7 +314,7 @@ class _Passing:
             if kept is not None:
                 kept.append(hidden)
                 continue
-            new = tap.see(Seen(hidden, place, *self._shape))
+            new = tap.see(Seen(hidden, place, *self._rectangle))
             if not isinstance(new, torch.Tensor):
                 raise ModelError(f"{tap.site.name}: an edit returned {type(new).__name__}, not a tensor")
             if (new.shape, new.dtype) != (hidden.shape, hidden.dtype):
@@ -358,6 +359,13 @@ def _seen(call: _Call, values: torch.Tensor, tap: Tap) -> Seen:
     place = _place(given).to(values.device)
     order = place.argsort()
     return Seen(values[order], place[order], len(call.sizes))
+
+
+def _lengths(packed: PackedSequence) -> torch.Tensor:
+    """`[examples]` how long each sequence is."""
+    sizes = packed.batch_sizes
+    lengths = (sizes[:, None] > torch.arange(int(sizes[0]))).sum(0)
+    return lengths if packed.unsorted_indices is None else lengths[packed.unsorted_indices.cpu()]
 
 
 def _place(packed: PackedSequence) -> torch.Tensor:

@@ -32,6 +32,8 @@ class Seen(NamedTuple):
     """The width of that rectangle, where the module that is tapped knows it."""
     examples: int | None = None
     """Its height, likewise."""
+    lengths: torch.Tensor | None = None
+    """`[examples]` int64, how many positions each example has, where the module that is tapped knows it."""
 
 
 @dataclass(frozen=True)
