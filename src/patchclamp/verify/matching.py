@@ -18,6 +18,8 @@ from patchclamp.model.model import Model
 from patchclamp.neurons import Neurons
 
 NEAREST = 50
+# In standard deviations of the site: further away, a neuron is no control, however few there are.
+FARTHEST = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +146,8 @@ class Controls:
         near = []
         for index in indices:
             distance = np.square(places[outside] - places[index]).sum(1)
-            near.append(outside[np.argsort(distance, kind="stable")[:number]])
+            order = np.argsort(distance, kind="stable")[:number]
+            near.append(outside[order[distance[order] <= FARTHEST**2]])
         return site, indices, near, width
 
     def _one(self) -> list[tuple[str, int]]:
