@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchclamp import decompose as decompose
+    from patchclamp import edit as edit
     from patchclamp import find as find
     from patchclamp import statistics as statistics
     from patchclamp import testbed as testbed
@@ -106,6 +107,7 @@ _HOME = {
     "corpora": "patchclamp.data.corpora",
     "correlate": "patchclamp.recording",
     "decompose": "patchclamp.decompose",
+    "edit": "patchclamp.edit",
     "errors": "patchclamp.errors",
     "find": "patchclamp.find",
     "load": "patchclamp.model",

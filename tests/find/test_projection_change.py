@@ -18,6 +18,7 @@ from patchclamp.find.projection_change import (
     projection_groups,
     projection_probe,
 )
+from patchclamp.testbed import languages
 
 WIDTH, HIDDEN = 6, 20
 
@@ -108,7 +109,7 @@ def test_bad_input() -> None:
 
 def test_a_probe_points_to_its_class_or_is_refused() -> None:
     trained: Any = pc.testbed.trained("four_languages")
-    texts = pc.testbed.languages.documents(80, seed=5) if hasattr(pc.testbed, "languages") else trained.held_out
+    texts = languages.documents(80, seed=5)
     language = texts.labels["language"][0]
     direction, accuracy = projection_probe(trained.model, texts, "language", language)
     assert accuracy > 0.9 and direction.names == [language]

@@ -1,6 +1,6 @@
 """Is that so? Tests of interventions, with controls, intervals and a verdict."""
 
-from patchclamp.verify.batches import Batch, Prompt
+from patchclamp.verify.batches import Batch, Prompt, read
 from patchclamp.verify.dissociation import Corrupted, Dissociation, dissociate
 from patchclamp.verify.effect import effect
 from patchclamp.verify.evidence import Evidence
@@ -26,6 +26,7 @@ __all__ = [
     "necessity",
     "patch_groups",
     "per_example",
+    "read",
     "sufficiency",
     "transfer_matrix",
 ]

@@ -84,6 +84,9 @@ class Evidence:
             f"; of {number} control sets {as_large} change it as much (central 95%: {low:+.4g} to {high:+.4g}), "
             f"p = {self.p:.4f}"
         )
+        far = self.matching.filter(pl.col("what") == "without a near match")["neurons"]
+        if len(far):
+            beside += f"; {far[0]:.0f} neuron{'s have' if far[0] > 1 else ' has'} no near match"
         if self.verdict == "not resolvable":
             return f"{found}{beside}: not resolvable, a verdict takes {self.needed} different controls."
         return f"{found}{beside}: {self.verdict}."

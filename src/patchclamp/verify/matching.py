@@ -18,8 +18,9 @@ from patchclamp.model.model import Model
 from patchclamp.neurons import Neurons
 
 NEAREST = 50
-# In standard deviations of the site: further away, a neuron is no control, however few there are.
+# In standard deviations of the site: those further away are controls only of a neuron that has hardly any nearer.
 FARTHEST = 2.0
+FEWEST = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,7 @@ class Controls:
         self.neurons, self.activity, self.number = neurons, activity, number
         self._groups = groups or {}
         self._made = np.random.default_rng([seed, 11])
+        self.far = 0  # units of the set that nothing near may be exchanged for
         self._near = [self._nearest(site) for site in neurons.sites]
 
     def draw(self) -> list[list[tuple[str, int]]]:
@@ -123,6 +125,8 @@ class Controls:
             theirs = np.asarray([np.mean([values[site][index] for site, index in each]) for each in sets] or [np.nan])
             low, high = np.quantile(theirs, [0.025, 0.975])
             rows.append((what, mine, float(theirs.mean()), float(low), float(high)))
+        if self.far:
+            rows.append(("without a near match", float(self.far), None, None, None))
         return pl.DataFrame(rows, schema=["what", "neurons", "controls", "low", "high"], orient="row")
 
     def _nearest(self, site: str) -> tuple[str, np.ndarray, list[np.ndarray], int]:
@@ -147,7 +151,9 @@ class Controls:
         for index in indices:
             distance = np.square(places[outside] - places[index]).sum(1)
             order = np.argsort(distance, kind="stable")[:number]
-            near.append(outside[order[distance[order] <= FARTHEST**2]])
+            within = int((distance[order] <= FARTHEST**2).sum())
+            self.far += within == 0
+            near.append(outside[order[: max(within, FEWEST)]])
         return site, indices, near, width
 
     def _one(self) -> list[tuple[str, int]]:

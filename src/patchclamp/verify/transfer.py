@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from patchclamp.errors import DataError
 from patchclamp.intervene import ablate
@@ -63,7 +63,7 @@ class TransferMatrix:
             own = self.curve.filter((pl.col("set") == name) & (pl.col("task") == name)).sort("neurons")
             lost = -own["change"].to_numpy()
             constant = len(lost) < 2 or np.ptp(lost) == 0
-            found[name] = float("nan") if constant else float(spearmanr(own["neurons"].to_numpy(), lost).statistic)
+            found[name] = float("nan") if constant else float(np.corrcoef(rankdata(own["neurons"].to_numpy()), rankdata(lost))[0, 1])
         return found
 
     @property
