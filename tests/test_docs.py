@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
         "docs/tutorial.md",
         "docs/labels.md",
         "docs/testbed.md",
+        "docs/proof.md",
         pytest.param("docs/index.md", marks=pytest.mark.slow),
         pytest.param("README.md", marks=pytest.mark.slow),
     ],

@@ -1,4 +1,4 @@
-"""stories260K: neurons that know whether a name is a girl's or a boy's, and neurons of dialogue; texts before and after.
+"""stories260K: neurons that know if a name is of a girl or a boy, and neurons of dialogue; texts before and after.
 
 The relation is between a name and its pronoun. Neurons are ranked by gradient times activation of the difference of
 the logits of *She* and *He* on some names, and tested on others. Dialogue neurons are ranked by their expertise

@@ -85,7 +85,7 @@ def effect(
         raise DataError("an interval takes at least two examples; the data has one")
     made = control_interventions(model, parts, runs.activity(), controls, seed, match)
     values = runs.values([parts, *made.interventions], progress)
-    main_passes = runs.passes
+    main_passes = round(runs.passes, 6)
     found, low, high = paired(values[0] - runs.clean, seed)
     effects = (values[1:] - runs.clean).mean(1)
     p, needed, verdict = judged(found, (low, high), effects, level)

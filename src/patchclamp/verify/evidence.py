@@ -87,6 +87,9 @@ class Evidence:
         far = self.matching.filter(pl.col("what") == "without a near match")["neurons"]
         if len(far):
             beside += f"; {far[0]:.0f} neuron{'s have' if far[0] > 1 else ' has'} no near match"
+        loud = self.matching.filter(pl.col("what") == "loudness")
+        if len(loud) and loud["neurons"][0] > 1.5 * loud["controls"][0]:
+            beside += f"; the controls are quieter (loudness {loud['controls'][0]:.3g}, not {loud['neurons'][0]:.3g})"
         if self.verdict == "not resolvable":
             return f"{found}{beside}: not resolvable, a verdict takes {self.needed} different controls."
         return f"{found}{beside}: {self.verdict}."

@@ -1,0 +1,155 @@
+"""Write docs/cause-findings.md: what the methods of causes find on networks. All its figures are of this run.
+
+    .venv/bin/python docs/make_cause_findings.py [NAME ...]
+
+Each part is a file of docs/cause_findings with a function `measure`; its docstring says what is measured. What a part
+found is kept as text in docs/cause_findings/found, so that one part can be run anew by its name. Data that are not the
+package's own are looked for in PATCHCLAMP_DATA, else in ../shared/data beside the checkout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+import patchclamp as pc
+from patchclamp.verify import Evidence
+
+HERE = Path(__file__).resolve().parent
+PAGE, KEPT = HERE / "cause-findings.md", HERE / "cause_findings" / "found"
+PARTS = {
+    "minilm": "Negation, numerals and gender in MiniLM",
+    "stories": "Gender of names and dialogue in stories260K",
+    "resnet": "Channels for a class in ResNet-20",
+    "checkpoints": "What training changed in the project's decoder (S075)",
+    "race": "Causes and decoys: causal and correlational finders",
+    "conductance": "Conductance (S090)",
+    "culnig": "Neurons for a group (S006)",
+    "taylor": "Taylor scores by label (S092)",
+    "concept_weights": "Concept weights (S095)",
+    "context_neurons": "Context neurons (S105)",
+    "comparative": "Comparative neuron analysis (S102)",
+    "explain": "Who wrote this token",
+    "neuron_path": "Neuron paths in a vision transformer (S081)",
+    "edge_attribution": "Edges between heads (S043)",
+    "lineas": "Learned steering by distributions (S158)",
+    "adaptive": "Adaptive steering (S156)",
+    "circuit": "Concept circuits (S033)",
+    "training_clamp": "Clamping while a network learns (S044)",
+    "eigenshift": "Damping a component of the unembedding (S008)",
+    "ravel": "Disentangling attributes (S141)",
+    "explanations": "Explanations, observed and intervened on (S098)",
+    "transfer": "Relation neurons and their three properties (S074)",
+}
+
+
+def main(names: list[str]) -> None:
+    """Run the parts that are named (all of them without a name), and write the page."""
+    KEPT.mkdir(exist_ok=True)
+    for name in names or PARTS:
+        started = time.perf_counter()
+        module = importlib.import_module(f"cause_findings.{name}")
+        try:
+            text = section(name, module, module.measure(), time.perf_counter() - started)
+        except FileNotFoundError as error:
+            print(f"{name}: {Path(str(error)).name} is not here; what was found before stays")
+            continue
+        (KEPT / f"{name}.md").write_text(text, encoding="utf-8")
+        print(f"{name}: done in {time.perf_counter() - started:.0f} s", flush=True)
+    there = [KEPT / f"{name}.md" for name in PARTS if (KEPT / f"{name}.md").is_file()]
+    PAGE.write_text("\n\n".join([head(), *(file.read_text(encoding="utf-8").rstrip() for file in there)]) + "\n")
+    print(f"written: docs/{PAGE.name}, {len(there)} parts")
+
+
+def head() -> str:
+    """The beginning of the page."""
+    return (
+        "# What causes were found\n\n"
+        "Every method that makes a claim about causes, run on a network that was not planted. Written by "
+        "`docs/make_cause_findings.py`; no figure is typed by hand. Where the claim of a paper does not come out here, "
+        "the figures say so: that is a result on small networks, not a verdict on the paper.\n\n"
+        f"<sub>patchclamp {pc.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}</sub>"
+    )
+
+
+def section(name: str, module: Any, found: Mapping[str, Any], _seconds: float) -> str:
+    """One part as text."""
+    lines = [f"## {PARTS[name]}", " ".join((module.__doc__ or "").split("\n\n")[0].split())]
+    more = (module.__doc__ or "").split("\n\n")[1:]
+    lines += [" ".join(each.split()) for each in more]
+    figures: list[tuple[str, str]] = []
+    for key, value in found.items():
+        if isinstance(value, Mapping) and value and all(isinstance(each, Evidence) for each in value.values()):
+            lines += [_evidence(what, each) for what, each in value.items()]
+        elif isinstance(value, Evidence):
+            lines.append(_evidence(_words(key), value))
+        elif isinstance(value, pl.DataFrame):
+            lines += [f"**{_words(key)}**", _table(value)]
+        elif isinstance(value, Mapping) and value and all(isinstance(each, pl.DataFrame) for each in value.values()):
+            for what, each in value.items():
+                lines += [f"**{_words(key)}: {_words(str(what))}**", _table(each)]
+        elif isinstance(value, Mapping) and value and all(isinstance(each, Mapping) for each in value.values()):
+            lines += [f"**{_words(key)}**", _rows([{"": _words(str(k)), **v} for k, v in value.items()])]
+        elif isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            lines += [f"**{_words(key)}**", _rows(value)]
+        elif isinstance(value, str) and len(value) > 60:
+            lines.append(value)
+        else:
+            figures.append((_words(key), _cell(value)))
+    if figures:
+        lines.insert(2 if len(lines) > 2 else len(lines), _markdown(["what", "found"], figures))
+    return "\n\n".join(lines) + "\n"
+
+
+def _evidence(what: str, evidence: Evidence) -> str:
+    parts = [f"**{what}.** {evidence.sentence}"]
+    if evidence.dose is not None:
+        parts += ["Dose:", _table(evidence.dose)]
+    if evidence.guards is not None:
+        parts += ["Guards:", _table(evidence.guards)]
+    return "\n\n".join(parts)
+
+
+def _table(frame: pl.DataFrame, most: int = 16) -> str:
+    rows = [[_cell(each) for each in row] for row in frame.head(most).rows()]
+    return _markdown(frame.columns, rows) + (f"\n\n{len(frame) - most} more rows." if len(frame) > most else "")
+
+
+def _rows(rows: list[Any]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _markdown([_words(str(name)) for name in names], [[_cell(row.get(name)) for name in names] for row in rows])
+
+
+def _markdown(names: Any, rows: Any) -> str:
+    lines = [list(names), ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in each)} |" for each in lines)
+
+
+def _words(key: str) -> str:
+    return str(key).replace("_", " ")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if isinstance(value, (float, np.floating)):
+        return f"{float(value):.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(key)}: {_cell(each)}" for key, each in value.items())
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return ", ".join(_cell(each) for each in value)
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
