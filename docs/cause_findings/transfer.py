@@ -2,8 +2,8 @@
 
 A prompt asks for one attribute of an entity. Neurons are ranked by their expertise (average precision) at telling which
 attribute is asked for, on half of the entities, and silenced on the other half: cumulativity, versatility and
-interference of Liu et al. (2025), with random sets of the same layers beside them. What is measured is the margin of the
-answer, its logit less that of the likeliest other token: the network is so sure that its accuracy hardly moves.
+interference of Liu et al. (2025), with random sets of the same layers beside them. What is measured is the margin
+of the answer, its logit less that of the likeliest other token: the network is so sure that its accuracy hardly moves.
 """
 
 from __future__ import annotations

@@ -18,11 +18,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchclamp import attribution as attribution
     from patchclamp import decompose as decompose
     from patchclamp import edit as edit
     from patchclamp import find as find
     from patchclamp import statistics as statistics
     from patchclamp import testbed as testbed
+    from patchclamp import train as train
     from patchclamp import verify as verify
     from patchclamp.atlas import Atlas as Atlas
     from patchclamp.atlas import NeuronCard as NeuronCard
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from patchclamp.data import Texts as Texts
     from patchclamp.data import corpora as corpora
     from patchclamp.directions import Directions as Directions
+    from patchclamp.find.explain import explain as explain
     from patchclamp.intervene import ablate as ablate
     from patchclamp.intervene import clamp as clamp
     from patchclamp.intervene import patch as patch
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from patchclamp.recording import correlate as correlate
     from patchclamp.recording import record as record
     from patchclamp.recording import record_over as record_over
+    from patchclamp.weights import Weights as Weights
 
 __version__ = "0.1.0"
 
@@ -102,13 +106,16 @@ _HOME = {
     "Tensors": "patchclamp.data",
     "Texts": "patchclamp.data",
     "TopExamples": "patchclamp.recording",
+    "Weights": "patchclamp.weights",
     "ablate": "patchclamp.intervene",
+    "attribution": "patchclamp.attribution",
     "clamp": "patchclamp.intervene",
     "corpora": "patchclamp.data.corpora",
     "correlate": "patchclamp.recording",
     "decompose": "patchclamp.decompose",
     "edit": "patchclamp.edit",
     "errors": "patchclamp.errors",
+    "explain": "patchclamp.find",
     "find": "patchclamp.find",
     "load": "patchclamp.model",
     "patch": "patchclamp.intervene",
@@ -117,8 +124,10 @@ _HOME = {
     "statistics": "patchclamp.statistics",
     "record_over": "patchclamp.recording",
     "scale": "patchclamp.intervene",
-    "steer": "patchclamp.intervene",
+    # The room of learned steering, which can be called like the intervention of its name.
+    "steer": "patchclamp.steer",
     "testbed": "patchclamp.testbed",
+    "train": "patchclamp.train",
     "verify": "patchclamp.verify",
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from patchclamp.errors import DataError, StoreError, unknown
 
-_NAMES = "names"
+_NAMES, _SITES = "names", "sites"
 
 
 class Directions(Mapping[str, np.ndarray]):
@@ -130,7 +130,9 @@ class Directions(Mapping[str, np.ndarray]):
         file = Path(path)
         part = file.with_name(file.name + ".part")
         try:
-            part.write_bytes(save(dict(self._by_site), metadata={_NAMES: json.dumps(self.names)}))
+            # A file has its tensors in an order of its own.
+            said = {_NAMES: json.dumps(self.names), _SITES: json.dumps(self.sites)}
+            part.write_bytes(save(dict(self._by_site), metadata=said))
             os.replace(part, file)
         except OSError as error:
             part.unlink(missing_ok=True)
@@ -152,8 +154,9 @@ class Directions(Mapping[str, np.ndarray]):
             raise StoreError(f"there is no file {file}")
         try:
             with safe_open(file, framework="numpy") as opened:
-                names = json.loads((opened.metadata() or {})[_NAMES])
-                return cls({site: opened.get_tensor(site) for site in opened.keys()}, names)  # noqa: SIM118
+                said = opened.metadata() or {}
+                names, sites = json.loads(said[_NAMES]), json.loads(said[_SITES])
+                return cls({site: opened.get_tensor(site) for site in sites}, names)
         except (SafetensorError, KeyError, ValueError, DataError) as error:
             raise StoreError(f"{file} is no file of directions: {error}") from error
 

@@ -19,7 +19,7 @@ OBJECTS = {"cat": "sat", "dogs": "ran", "mat": "day", "home": "rained"}
 def loaded(separate: bool) -> pc.Model:
     """A decoder with two paths, or one."""
     reader = tokenizer()
-    ids = {word: reader.convert_tokens_to_ids(word) for word in ("the", "they", *OBJECTS, *OBJECTS.values())}
+    ids: Any = {word: reader.convert_tokens_to_ids(word) for word in ("the", "they", *OBJECTS, *OBJECTS.values())}
     config = GPT2Config(
         vocab_size=len(reader), n_positions=16, n_embd=32, n_layer=1, n_head=4, n_inner=64, attn_pdrop=0
     )

@@ -1,4 +1,4 @@
-"""The audit of S007: a behaviour on one neuron is fragile, one spread over many is not; trained networks show it too."""
+"""The audit of S007: a behaviour on one neuron is fragile, one on many is not; trained networks show it too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S074's three properties on a network in which each task has its own neurons, two of them share some, and one hinders."""
+"""S074's three properties on a network in which each task has neurons of its own, one serves two and one hinders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASKS = ("a", "b", "c")
 
 
 def network() -> nn.Sequential:
-    """Feature k makes its own four neurons fire, which write to output k; b's last also serves a; one of c hinders b."""
+    """Feature k makes its own four neurons fire, which write to output k; b's last also serves a, c's hinders b."""
     made = torch.Generator().manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 200), nn.ReLU(), nn.Linear(200, 3)).eval()
     inner, outer = net[0], net[2]

@@ -15,18 +15,18 @@ telescoping form. Attribution patching: Neel Nanda (2023); Aaquib Syed, Can Rage
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 import torch
 
-from patchclamp.attribution.engine import Gradients, gradients, prepared
-from patchclamp.attribution.targets import Target
-from patchclamp.errors import DataError, ModelError
+from patchclamp.attribution.engine import examples_of, gradients, prepared, rows_of, values
+from patchclamp.attribution.path import Path, integral
+from patchclamp.attribution.targets import OfExamples, Target
+from patchclamp.errors import DataError, unknown
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.neurons import Neurons
@@ -43,16 +43,20 @@ class Attributions:
         value: `[examples]`, the target.
         baseline_value: `[examples]`, the target of the baseline; None where the method has none.
         mask: `[examples, tokens]` bool, the real tokens; None where there is no attention mask.
+        masks: name of a site -> the mask of its tokens, for sites that have any: a decoder's are others.
     """
 
     by_site: dict[str, torch.Tensor]
     value: torch.Tensor
     baseline_value: torch.Tensor | None
     mask: torch.Tensor | None
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def total(self, site: str) -> torch.Tensor:
         """`[examples, size]`: summed over positions, padding left out."""
-        return _total(self.by_site[site], self.mask)
+        if site not in self.by_site:
+            raise unknown("site with attributions", site, self.by_site)
+        return _total(self.by_site[site], self.masks.get(site))
 
     def completeness(self) -> pl.DataFrame:
         """Whether the contributions at each site add up to what the target changed from the baseline.
@@ -102,7 +106,7 @@ def attribute(
     steps: int = 20,
     points: Literal["uniform", "gausslegendre"] = "uniform",
     rule: Literal["trapezoid", "left"] = "trapezoid",
-    batch: int = 256,
+    batch: int = 64,
 ) -> Attributions:
     """How much each neuron of the sites contributed to a target.
 
@@ -116,192 +120,98 @@ def attribute(
             an embedding, by default zeros (`"zero"`), or the id of a token, such as the padding or mask token; of a
             tensor another one (broadcast), by default zeros.
         steps: of the path; gradients are taken at `steps` + 1 points.
-        points: where on the path: evenly, or at the abscissas of Gauss and Legendre, as captum's default.
+        points: where on the path: evenly, or at the abscissas of Gauss and Legendre, as captum's default, which
+            begin a little behind the baseline and end a little before the inputs.
         rule: gradients of a step: the mean of its two ends, whose error falls with the square of the steps, or that of
             its beginning, as captum does.
-        batch: how many points times examples are run at once.
+        batch: how many points times examples are run at once. A target that is a function of your own is shown all
+            examples at a time, whatever this says: it may know them by their number.
 
     Raises:
         DataError: unknown method, no baseline for patching, one equal to the inputs, or of another shape.
+        ModelError: as of `gradients`; a path through texts, and the module does not say where its embeddings are.
     """
+    if method not in _METHODS:
+        raise DataError(f"method is one of {', '.join(repr(each) for each in _METHODS)}, not {method!r}")
+    if batch < 1:
+        raise DataError(f"batch is how many are run at once, not {batch}")
+    call = prepared(model, inputs)
     if method == "gradient_x_activation":
-        seen = gradients(model, inputs, target, sites)
-        found = {site: seen.activations[site] * slope for site, slope in seen.gradients.items()}
-        return Attributions(found, seen.value, None, seen.mask)
+        return _joined([_first_order(model, part, goal, sites) for part, goal, _ in _parts(call, target, batch)])
     if method == "patching":
-        return _patching(model, inputs, baseline, target, sites)
-    if method not in ("conductance", "integrated_gradients"):
-        raise DataError(
-            f'method is "gradient_x_activation", "patching", "conductance" or "integrated_gradients", not {method!r}'
+        if baseline is None:
+            raise DataError('method="patching" needs baseline=: the inputs whose activations would be put there')
+        other = prepared(model, baseline)
+        if examples_of(other) != examples_of(call):
+            raise DataError(f"{examples_of(call)} examples, and {examples_of(other)} as their baseline")
+        return _joined(
+            [
+                _patching(model, part, rows_of(other, examples, examples_of(call)), goal, sites)
+                for part, goal, examples in _parts(call, target, batch)
+            ]
         )
     if steps < 1:
         raise DataError(f"a path has at least 1 step, not {steps}")
     if points not in ("uniform", "gausslegendre") or rule not in ("trapezoid", "left"):
         raise DataError('points is "uniform" or "gausslegendre", and rule "trapezoid" or "left"')
-    along = _along(model, inputs, baseline, target, sites, _alphas(steps, points), batch)
-    return _integrated(along, method, rule)
+    path = Path.between(model, call, baseline)
+    chosen = model.select(sites)
+    found = []
+    for part, goal, examples in _parts(call, target, batch):
+        here = path.rows(examples, examples_of(call))
+        by_site, end, start = integral(model, part, here, goal, chosen, method, steps, points, rule, batch)
+        found.append(Attributions(by_site, end.value, start, end.mask, end.masks))
+    return _joined(found)
 
 
 # Helpers --------------------------------------------------------------------------------------------
 
+_METHODS = ("gradient_x_activation", "patching", "conductance", "integrated_gradients")
 
-def _patching(model: Model, inputs: Any, baseline: Any, target: Target, sites: Any) -> Attributions:
-    if baseline is None:
-        raise DataError('method="patching" needs baseline=: the inputs whose activations would be put there')
-    seen = gradients(model, inputs, target, sites)
-    other = gradients(model, baseline, target, sites)
+
+def _parts(call: Any, target: Target, batch: int) -> Iterator[tuple[Any, Target, list[int]]]:
+    """Examples in batches: the arguments of the module, the target, and which they are."""
+    examples = examples_of(call)
+    if not isinstance(target, OfExamples):
+        yield call, target, list(range(examples))
+        return
+    for start in range(0, examples, batch):
+        which = list(range(start, min(start + batch, examples)))
+        yield rows_of(call, which, examples), target.rows(which, examples), which
+
+
+def _joined(parts: list[Attributions]) -> Attributions:
+    if len(parts) == 1:
+        return parts[0]
+    return Attributions(
+        {site: torch.cat([each.by_site[site] for each in parts]) for site in parts[0].by_site},
+        torch.cat([each.value for each in parts]),
+        None if parts[0].baseline_value is None else torch.cat([each.baseline_value for each in parts]),  # type: ignore[misc]
+        None if parts[0].mask is None else torch.cat([each.mask for each in parts]),  # type: ignore[misc]
+        {site: torch.cat([each.masks[site] for each in parts]) for site in parts[0].masks},
+    )
+
+
+def _first_order(model: Model, call: Any, target: Target, sites: Any) -> Attributions:
+    seen = gradients(model, call, target, sites)
+    found = {site: seen.activations[site] * slope for site, slope in seen.gradients.items()}
+    return Attributions(found, seen.value, None, seen.mask, seen.masks)
+
+
+def _patching(model: Model, call: Any, other: Any, target: Target, sites: Any) -> Attributions:
+    seen = gradients(model, call, target, sites)
+    baseline = values(model, other, target, sites)
+    activations = baseline.activations
     found = {}
     for site, slope in seen.gradients.items():
-        if other.activations[site].shape != slope.shape:
+        if activations[site].shape != slope.shape:
             raise DataError(
                 f"the baseline has another shape: {site} is {list(slope.shape)}, and on the baseline "
-                f"{list(other.activations[site].shape)}"
+                f"{list(activations[site].shape)}"
             )
-        found[site] = (other.activations[site] - seen.activations[site]) * slope
+        found[site] = (activations[site] - seen.activations[site]) * slope
     # What is added up to is the change from these inputs to the baseline.
-    return Attributions(found, other.value, seen.value, seen.mask)
-
-
-def _alphas(steps: int, points: str) -> np.ndarray:
-    if points == "uniform":
-        return np.linspace(0, 1, steps + 1)
-    return (1 + np.polynomial.legendre.leggauss(steps + 1)[0]) / 2
-
-
-def _along(
-    model: Model, inputs: Any, baseline: Any, target: Target, sites: Any, alphas: np.ndarray, batch: int
-) -> list[Gradients]:
-    """Gradients at each point of the path from the baseline to the inputs."""
-    call = prepared(model, inputs)
-    examples = len(call) if isinstance(call, torch.Tensor) else len(next(iter(call.values())))
-    together = max(1, batch // max(examples, 1))
-    found: list[Gradients] = []
-    for start in range(0, len(alphas), together):
-        here = torch.as_tensor(alphas[start : start + together], dtype=torch.float32)
-        scale = here.repeat_interleave(examples)
-        if isinstance(call, torch.Tensor):
-            points = _points(call, _tensor_baseline(call, baseline), scale)
-            seen = gradients(model, points, _each(target, examples), sites)
-        else:
-            repeated = {name: _repeated(each, len(here), examples) for name, each in call.items()}
-            site, edit = _embedding(model, baseline, scale, examples)
-            seen = gradients(model, repeated, _each(target, examples), sites, before=[(site, edit)])
-        found += _split(seen, len(here))
-    return found
-
-
-def _embedding(model: Model, baseline: Any, scale: torch.Tensor, examples: int) -> tuple[Site, Any]:
-    """The site of the input embeddings, and what makes points of the path out of them."""
-    getter = getattr(model.module, "get_input_embeddings", None)
-    embedding = getter() if getter is not None else None
-    paths = [path for path, module in model.module.named_modules() if module is embedding]
-    if embedding is None or not paths:
-        raise ModelError(f"{type(model.module).__name__} has no input embeddings to run a path through")
-    if baseline in (None, "zero"):
-        start: Any = None
-    elif isinstance(baseline, int) and not isinstance(baseline, bool):
-        weight: Any = embedding.weight
-        if not 0 <= baseline < len(weight):
-            raise DataError(f"the baseline is token {baseline}, and there are {len(weight)}")
-        start = embedding(torch.tensor([baseline], device=weight.device)).detach()
-    else:
-        raise DataError(f'the baseline of texts is "zero" or the id of a token, not {baseline!r:.60}')
-
-    def edit(tensor: torch.Tensor) -> torch.Tensor:
-        share = scale.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-        return tensor * share if start is None else start.to(tensor) * (1 - share) + tensor * share
-
-    return Site.custom(paths[0]), edit
-
-
-def _tensor_baseline(inputs: torch.Tensor, baseline: Any) -> torch.Tensor:
-    if baseline is None or (isinstance(baseline, str) and baseline == "zero"):
-        return torch.zeros_like(inputs)
-    given = torch.as_tensor(baseline, dtype=inputs.dtype, device=inputs.device)
-    try:
-        given = given.expand_as(inputs)
-    except RuntimeError as error:
-        raise DataError(f"the baseline is {list(given.shape)}, and the inputs {list(inputs.shape)}") from error
-    if torch.equal(given, inputs):
-        raise DataError("the baseline is equal to the inputs: there is no path between them")
-    return given
-
-
-def _points(inputs: torch.Tensor, baseline: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    times = len(scale) // len(inputs)
-    share = scale.to(inputs).view(-1, *[1] * (inputs.ndim - 1))
-    repeated = [each.repeat(times, *[1] * (inputs.ndim - 1)) for each in (inputs, baseline)]
-    return repeated[1] + share * (repeated[0] - repeated[1])
-
-
-def _repeated(value: Any, times: int, examples: int) -> Any:
-    if isinstance(value, torch.Tensor) and value.ndim and len(value) == examples:
-        return value.repeat(times, *[1] * (value.ndim - 1))
-    return value
-
-
-def _each(target: Target, examples: int) -> Target:
-    """The target on examples that stand several times one after another: those that name one token for each know."""
-
-    def of_all(output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        parts = _rows(output, examples)
-        kept = [{name: _row(value, examples, number) for name, value in inputs.items()} for number in range(len(parts))]
-        return torch.cat([target(part, each) for part, each in zip(parts, kept, strict=True)])
-
-    return of_all
-
-
-def _rows(output: Any, examples: int) -> list[Any]:
-    """An output cut into parts of so many examples."""
-    if isinstance(output, torch.Tensor):
-        return list(output.split(examples))
-    if isinstance(output, Mapping):
-        tensors = {name: each for name, each in output.items() if isinstance(each, torch.Tensor) and each.ndim}
-        count = max(len(each) for each in tensors.values()) // examples
-        return [
-            type(output)(**{name: each[number * examples : (number + 1) * examples] for name, each in tensors.items()})
-            for number in range(count)
-        ]
-    tensors = [each for each in output if isinstance(each, torch.Tensor) and each.ndim]
-    count = len(tensors[0]) // examples
-    return [tuple(each[number * examples : (number + 1) * examples] for each in tensors) for number in range(count)]
-
-
-def _row(value: Any, examples: int, number: int) -> Any:
-    if isinstance(value, torch.Tensor) and value.ndim and len(value) % examples == 0 and len(value) > examples:
-        return value[number * examples : (number + 1) * examples]
-    return value
-
-
-def _split(seen: Gradients, times: int) -> list[Gradients]:
-    def part(tensor: torch.Tensor, number: int) -> torch.Tensor:
-        return tensor.chunk(times)[number]
-
-    return [
-        Gradients(
-            part(seen.value, number),
-            {site: part(each, number) for site, each in seen.activations.items()},
-            {site: part(each, number) for site, each in seen.gradients.items()},
-            None if seen.mask is None else part(seen.mask, number),
-        )
-        for number in range(times)
-    ]
-
-
-def _integrated(along: list[Gradients], method: str, rule: str) -> Attributions:
-    found: dict[str, torch.Tensor] = {}
-    first, last = along[0], along[-1]
-    for site in first.gradients:
-        total = torch.zeros_like(first.gradients[site])
-        for one, two in pairwise(along):
-            slope = one.gradients[site]
-            slope = (slope + two.gradients[site]) / 2 if rule == "trapezoid" else slope
-            step = two.activations[site] - one.activations[site]
-            total += slope * step if method == "conductance" else slope / (len(along) - 1)
-        if method == "integrated_gradients":
-            total *= last.activations[site] - first.activations[site]
-        found[site] = total
-    return Attributions(found, last.value, first.value, last.mask)
+    return Attributions(found, baseline.value, seen.value, seen.mask, seen.masks)
 
 
 def _total(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from patchclamp.attribution.targets import Target
-from patchclamp.errors import DataError
-from patchclamp.model.activations import joined
+from patchclamp.errors import DataError, ModelError
+from patchclamp.model.activations import joined, several_calls
 from patchclamp.model.hooks import tapped
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
 from patchclamp.model.taps import Seen, Tap
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
+
+# What enters a projection: nobody writes into it.
+_ENTERING = ("mlp", "attn", "mixer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +39,14 @@ class Gradients:
             routed to it.
         gradients: the same, the derivative of the example's value; zero where the value does not depend on it.
         mask: `[examples, tokens]` bool, which tokens are real; None where the inputs have no attention mask.
+        masks: name of a site -> the mask of its tokens, for sites that have any: a decoder's are others.
     """
 
     value: torch.Tensor
     activations: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     mask: torch.Tensor | None
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def gradients(
@@ -69,21 +74,15 @@ def gradients(
     Raises:
         DataError: the target gives something else than one finite number per example.
         SiteNotReached: the forward pass never reached a site.
+        ModelError: a site that cannot be written, or is seen several times at one position.
     """
     chosen = model.select(sites)
     call = prepared(model, inputs)
-    with ExitStack() as stack:
-        stack.enter_context(model.evaluating())
-        stack.enter_context(frozen(model.module))
-        stack.enter_context(torch.enable_grad())
-        for site, edit in before:
-            stack.enter_context(tapped(model.module, [_editing(model.site(site), edit)]))
-        captured = stack.enter_context(capturing(model.module, chosen))
-        output = model.module(**call) if isinstance(call, Mapping) else model.module(call)
-        value = checked_value(target(output, call if isinstance(call, Mapping) else {}), call)
+    with _running(model, chosen, before) as captured, torch.enable_grad():
+        value = _value(model, call, target)
         shown = [(site, seen) for site in chosen for seen in captured[site.name]]
         for site in chosen:
-            joined(site, captured[site.name])  # refuses a site that was not reached
+            _refuse_unclear(site, captured[site.name])
         if value.requires_grad:
             found = torch.autograd.grad(value.sum(), [seen.tensor for _, seen in shown], allow_unused=True)
         else:
@@ -91,15 +90,25 @@ def gradients(
     slopes: dict[str, list[Seen]] = {site.name: [] for site in chosen}
     for (site, seen), slope in zip(shown, found, strict=True):
         slopes[site.name].append(seen._replace(tensor=torch.zeros_like(seen.tensor) if slope is None else slope))
-    mask = call.get("attention_mask") if isinstance(call, Mapping) else None
-    mask = mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    shape = (len(value), mask.shape[1]) if mask is not None else (len(value), None)
-    return Gradients(
-        value.detach(),
-        {site.name: dense(site, captured[site.name], shape).detach() for site in chosen},
-        {site.name: dense(site, slopes[site.name], shape).detach() for site in chosen},
-        mask,
-    )
+    return _gathered(value, chosen, captured, slopes, call)
+
+
+def values(
+    model: Model,
+    inputs: Any,
+    target: Target,
+    sites: str | Site | Iterable[str | Site] = "mlp.*",
+    *,
+    before: Sequence[tuple[str | Site, Edit]] = (),
+) -> Gradients:
+    """As `gradients`, without the backward pass: there are no gradients in what it returns."""
+    chosen = model.select(sites)
+    call = prepared(model, inputs)
+    with _running(model, chosen, before) as captured, torch.no_grad():
+        value = _value(model, call, target)
+        for site in chosen:
+            _refuse_unclear(site, captured[site.name])
+    return _gathered(value, chosen, captured, {}, call)
 
 
 def prepared(model: Model, inputs: Any) -> Any:
@@ -111,10 +120,27 @@ def prepared(model: Model, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return dict(inputs)
     if isinstance(inputs, torch.Tensor):
-        if not len(inputs):
-            raise DataError("there are no examples: the tensor is empty")
+        if not inputs.ndim or not len(inputs):
+            raise DataError(f"there are no examples: the tensor is {list(inputs.shape)}")
         return inputs
     return model.inputs(inputs)
+
+
+def rows_of(call: Any, examples: Sequence[int], of: int) -> Any:
+    """The arguments of a module for some examples out of so many."""
+    if isinstance(call, torch.Tensor):
+        return call if list(examples) == list(range(of)) else call[list(examples)]
+    return {
+        name: rows_of(each, examples, of) if isinstance(each, torch.Tensor) and each.ndim and len(each) == of else each
+        for name, each in call.items()
+    }
+
+
+def examples_of(call: Any) -> int:
+    """How many examples the arguments of a module hold."""
+    if isinstance(call, torch.Tensor):
+        return len(call)
+    return next((len(each) for each in call.values() if isinstance(each, torch.Tensor) and each.ndim), 1)
 
 
 @contextmanager
@@ -136,12 +162,19 @@ def capturing(root: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list
     captured: dict[str, list[Seen]] = {site.name: [] for site in sites}
 
     def tap(site: Site) -> Tap:
+        if site.fixed:
+            raise ModelError(f"no gradient is taken at {site.name}: {site.fixed}")
+
         def see(seen: Seen) -> torch.Tensor:
-            # Another tensor than the given one: that may be a view, or be written into later.
-            tensor = seen.tensor.clone() if seen.tensor.requires_grad else seen.tensor.detach().clone()
-            tensor.requires_grad_()
-            captured[site.name].append(seen._replace(tensor=tensor))
-            return tensor
+            given, own = seen.tensor, site.through == "module" and site.kind in _ENTERING
+            # Another node of the graph than the given one, which may flow on elsewhere too.
+            if not given.requires_grad:
+                kept = (given.detach() if own else given.detach().clone()).requires_grad_()
+            else:
+                kept = given.view_as(given) if own else given.clone()
+            captured[site.name].append(seen._replace(tensor=kept))
+            # What goes on is yet another one, where the network may write into it (`ReLU(inplace=True)`).
+            return kept if own else kept.clone()
 
         return Tap(site, see)
 
@@ -151,7 +184,7 @@ def capturing(root: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list
 
 def dense(site: Site, captured: Sequence[Seen], shape: tuple[int, int | None]) -> torch.Tensor:
     """What one pass showed of a site as `[examples, ..., size]`; zero at positions that it does not have."""
-    if captured[0].place is None:
+    if any(seen.place is None for seen in captured):
         return joined(site, captured).tensor
     rows = torch.cat([seen.tensor for seen in captured])
     place = torch.cat([seen.place for seen in captured if seen.place is not None])
@@ -169,8 +202,7 @@ def checked_value(value: Any, call: Any) -> torch.Tensor:
     Raises:
         DataError: something else, or not finite.
     """
-    first = next(iter(call.values())) if isinstance(call, Mapping) else call
-    examples = len(first) if isinstance(first, torch.Tensor) and first.ndim else 1
+    examples = examples_of(call)
     if not isinstance(value, torch.Tensor) or value.ndim != 1:
         got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"a target gives one number for each of {examples} examples, not {got}")
@@ -179,6 +211,67 @@ def checked_value(value: Any, call: Any) -> torch.Tensor:
     if not value.isfinite().all():
         raise DataError(f"the target of example {int((~value.isfinite()).nonzero()[0])} is not finite")
     return value
+
+
+# Helpers --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _running(
+    model: Model, sites: Sequence[Site], before: Sequence[tuple[str | Site, Edit]]
+) -> Iterator[dict[str, list[Seen]]]:
+    with ExitStack() as stack:
+        stack.enter_context(model.evaluating())
+        stack.enter_context(frozen(model.module))
+        for site, edit in before:
+            stack.enter_context(tapped(model.module, [_editing(model.site(site), edit)]))
+        yield stack.enter_context(capturing(model.module, sites))
+
+
+def _value(model: Model, call: Any, target: Target) -> torch.Tensor:
+    if isinstance(call, Mapping):
+        return checked_value(target(model.module(**call), call), call)
+    return checked_value(target(model.module(call), {}), call)
+
+
+def _gathered(
+    value: torch.Tensor,
+    sites: Sequence[Site],
+    captured: Mapping[str, list[Seen]],
+    slopes: Mapping[str, list[Seen]],
+    call: Any,
+) -> Gradients:
+    mask = _mask(call, "attention_mask")
+    shape = (len(value), mask.shape[1]) if mask is not None else (len(value), None)
+    activations = {site.name: dense(site, captured[site.name], shape).detach() for site in sites}
+    masks = {}
+    for site in sites:
+        name = "decoder_attention_mask" if site.stack == "decoder" else "attention_mask"
+        of_site = _mask(call, name)
+        if of_site is not None and activations[site.name].shape[:2] == of_site.shape:
+            masks[site.name] = of_site
+    return Gradients(
+        value.detach(),
+        activations,
+        {site.name: dense(site, slopes[site.name], shape).detach() for site in sites if site.name in slopes},
+        mask,
+        masks,
+    )
+
+
+def _mask(call: Any, name: str) -> torch.Tensor | None:
+    mask = call.get(name) if isinstance(call, Mapping) else None
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def _refuse_unclear(site: Site, captured: Sequence[Seen]) -> None:
+    """Refuse a site that was not reached, or was seen twice at the same position."""
+    if not captured or any(seen.place is None for seen in captured):
+        joined(site, captured)
+        return
+    place = torch.cat([seen.place for seen in captured if seen.place is not None])
+    if len(place.unique()) < len(place):
+        raise ModelError(several_calls(site, len(captured)))
 
 
 def _editing(site: Site, edit: Edit) -> Tap:

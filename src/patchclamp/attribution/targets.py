@@ -7,6 +7,7 @@ at which token: by default at the last real one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,53 +20,73 @@ from patchclamp.model.model import Model
 Target = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class OfExamples:
+    """A target that knows which example is which: it can be asked for some of them, or for each several times.
+
+    Attributes:
+        measure: `(output, inputs, *given) -> [examples]`.
+        given: what it names: one for all examples, or one for each.
+    """
+
+    measure: Callable[..., torch.Tensor]
+    given: tuple[Any, ...] = ()
+
+    def __call__(self, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """`[examples]`."""
+        return self.measure(output, inputs, *self.given)
+
+    def rows(self, examples: Sequence[int], of: int) -> OfExamples:
+        """The same target for these examples out of so many, in this order.
+
+        Raises:
+            DataError: it names something for each of another number of examples.
+        """
+        return OfExamples(self.measure, tuple(_rows(each, examples, of) for each in self.given))
+
+
 def logit(token: int | Sequence[int], position: int = -1) -> Target:
     """The logit of a token id (one for all examples, or one for each) at a position of the text, padding left out."""
-    return lambda output, inputs: _of(logits_at(output, inputs, position), token)
+    return OfExamples(lambda output, inputs, given: _of(logits_at(output, inputs, position), given), (token,))
 
 
 def log_probability(token: int | Sequence[int], position: int = -1) -> Target:
     """The logarithm of a token's probability, in nats."""
-    return lambda output, inputs: _of(logits_at(output, inputs, position).log_softmax(-1), token)
+    return OfExamples(
+        lambda output, inputs, given: _of(logits_at(output, inputs, position).log_softmax(-1), given), (token,)
+    )
 
 
 def probability(token: int | Sequence[int], position: int = -1) -> Target:
     """The probability of a token."""
-    return lambda output, inputs: _of(logits_at(output, inputs, position).softmax(-1), token)
+    return OfExamples(
+        lambda output, inputs, given: _of(logits_at(output, inputs, position).softmax(-1), given), (token,)
+    )
 
 
 def logit_difference(token: int | Sequence[int], foil: int | Sequence[int], position: int = -1) -> Target:
     """The logit of a token less that of another."""
 
-    def target(output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def measure(output: Any, inputs: Mapping[str, Any], right: Any, wrong: Any) -> torch.Tensor:
         logits = logits_at(output, inputs, position)
-        return _of(logits, token) - _of(logits, foil)
+        return _of(logits, right) - _of(logits, wrong)
 
-    return target
+    return OfExamples(measure, (token, foil))
 
 
 def class_logit(number: int | Sequence[int]) -> Target:
     """The logit of a class, of a network that returns `[examples, classes]`."""
-    return lambda output, _inputs: _of(class_logits(output), number)
+    return OfExamples(lambda output, _inputs, given: _of(class_logits(output), given), (number,))
 
 
 def class_probability(number: int | Sequence[int]) -> Target:
     """The probability of a class, of a network that returns `[examples, classes]`."""
-    return lambda output, _inputs: _of(class_logits(output).softmax(-1), number)
+    return OfExamples(lambda output, _inputs, given: _of(class_logits(output).softmax(-1), given), (number,))
 
 
 def next_token_loss() -> Target:
     """The mean cross entropy of each example's next tokens, in nats, padding left out."""
-
-    def target(output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        logits, ids = output.logits, inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        counted = (mask[:, 1:] * mask[:, :-1]).to(losses.dtype)
-        return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
-
-    return target
+    return OfExamples(_next_token_loss)
 
 
 def similarity(model: Model, texts: str | Sequence[str]) -> Target:
@@ -74,16 +95,7 @@ def similarity(model: Model, texts: str | Sequence[str]) -> Target:
     An embedding is the mean over real tokens of the last hidden state, as in `model.embed`.
     """
     fixed = model.embed(texts)
-
-    def target(output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        hidden = getattr(output, "last_hidden_state", None)
-        if hidden is None:
-            raise ModelError(f"{type(output).__name__} has no last hidden state to embed with")
-        weight = inputs["attention_mask"][..., None].to(hidden.dtype)
-        mean = (hidden * weight).sum(1) / weight.sum(1)
-        return (functional.normalize(mean, dim=-1) * fixed.to(hidden)).sum(-1)
-
-    return target
+    return OfExamples(_cosine, (fixed[0] if len(fixed) == 1 else fixed,))
 
 
 def logits_at(output: Any, inputs: Mapping[str, Any], position: int = -1) -> torch.Tensor:
@@ -133,3 +145,37 @@ def _of(values: torch.Tensor, number: int | Sequence[int]) -> torch.Tensor:
     if bool(wrong.any()):
         raise DataError(f"there is no token or class {int(index[wrong][0])}; there are {values.shape[1]}")
     return values.gather(1, index[:, None])[:, 0]
+
+
+def _rows(given: Any, examples: Sequence[int], of: int) -> Any:
+    if isinstance(given, torch.Tensor):
+        for_all = given.ndim == 0 or (given.ndim == 1 and given.is_floating_point())
+    else:
+        for_all = not isinstance(given, (list, tuple, range)) and getattr(given, "ndim", 0) == 0
+    if for_all:
+        return given
+    if len(given) != of:
+        raise DataError(f"the target names something for each of {len(given)} examples, and there are {of}")
+    return torch.as_tensor(given)[list(examples)]
+
+
+def _next_token_loss(output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    stack = "decoder_" if "decoder_input_ids" in inputs else ""
+    logits, ids = getattr(output, "logits", None), inputs.get(f"{stack}input_ids")
+    if logits is None or ids is None or logits.shape[:2] != ids.shape:
+        raise ModelError(f"{type(output).__name__} has no logits of a next token for each token of the inputs")
+    mask = inputs.get(f"{stack}attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    counted = (mask[:, 1:] * mask[:, :-1]).to(losses.dtype)
+    return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def _cosine(output: Any, inputs: Mapping[str, Any], fixed: torch.Tensor) -> torch.Tensor:
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise ModelError(f"{type(output).__name__} has no last hidden state to embed with")
+    mask = inputs.get("attention_mask")
+    weight = (torch.ones(hidden.shape[:2]) if mask is None else mask)[..., None].to(hidden)
+    mean = (hidden * weight).sum(1) / weight.sum(1)
+    return (functional.normalize(mean, dim=-1) * fixed.to(hidden)).sum(-1)

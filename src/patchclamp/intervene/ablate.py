@@ -77,6 +77,8 @@ def _pools(neurons: Neurons, source: Any) -> dict[str, torch.Tensor]:
     if source is None:
         raise DataError('ablate(to="resample") needs source=: activations on other inputs, as model.activations gives')
     several = [source] if isinstance(source, Mapping) else list(source)
+    if not several or not all(isinstance(each, Mapping) for each in several):
+        raise DataError("source= is a mapping from site to activations, or a list of such, with at least one in it")
     pools = {}
     for site in neurons.sites:
         indices = torch.from_numpy(neurons.indices(site).copy())

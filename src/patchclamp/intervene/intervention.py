@@ -59,6 +59,7 @@ class Intervention:
 
         Raises:
             UnknownName: the model has no such site, or the site no such neuron.
+            DataError: attention probabilities are to be resampled.
         """
         found: dict[str, Edit] = {}
         for name in self.neurons.sites:
@@ -68,6 +69,8 @@ class Intervention:
                 raise UnknownName(f"{name}:{indices.max()} does not exist: {name} has neurons 0 to {site.size - 1}")
             there = torch.from_numpy(indices.copy())
             if name in self.pools:
+                if site.through == "attention":
+                    raise DataError(f"{name} cannot be resampled: each of its queries has as many keys as the text")
                 found[name] = _drawing(name, there, self.pools[name], self.seed)
             else:
                 found[name] = _edit(name, there, self.factor, self.values.get(name))

@@ -10,8 +10,12 @@ import torch
 
 from patchclamp.errors import DataError, UnknownName, unknown
 from patchclamp.intervene.where import Positions, Where
+from patchclamp.model.applying import SeenEdit, located, on_tensor
+from patchclamp.model.calls import Call
+from patchclamp.model.layout import layout_of
 from patchclamp.model.model import Model
 from patchclamp.model.site import Site
+from patchclamp.model.taps import Seen
 from patchclamp.neurons import Neurons
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -31,9 +35,10 @@ def patch(
         source: site -> its activations; further sites are left aside. One tensor will do for a single site. The
             shape is that of the site in the run that is patched, `[batch, tokens, size]`, or without the batch, so that
             every example is given the same: `[tokens, size]`, as `model.activations` gives it for a text. For
-            `Neurons` the last axis is the whole site, or only the neurons in the order of the table. For a `pattern`
-            site: `[heads, queries, keys]`, with or without the batch in front. The values are copied; they
-            are converted to the model's type and device, and no gradient flows into them.
+            `Neurons` the last axis is the whole site, or only the neurons in the order of the table. A recurrent site
+            takes `[examples, steps, size]`, or `[steps, size]`; a `pattern` site `[heads, queries, keys]`, with or
+            without the batch in front. The values are copied; they are converted to the model's type and device, and
+            no gradient flows into them.
         positions: numbers of the tokens of each text (of a pattern: of the queries) at which to replace, without
             padding; negative ones count from the end of the text, while generating from that of the prompt. None for
             all.
@@ -116,6 +121,20 @@ class Patch:
             found[site.name] = _edit(site, self.values[_name(place)], indices)
         return found
 
+    def seen_edits(self, model: Model) -> dict[str, SeenEdit]:
+        """Name of a site -> what becomes of what it shows in a call."""
+        found: dict[str, SeenEdit] = {}
+        by_name = {model.site(place).name: place for place in self.sites}
+        for name, edit in self.edits(model).items():
+            site, values = model.site(name), self.values[_name(by_name[name])]
+            if values.ndim > 1 and (site.time or site.through == "recurrent"):
+                indices = None if self.neurons is None else self.neurons.indices(_name(by_name[name]))
+                put = _in_steps(site, values, None if indices is None else torch.from_numpy(indices.copy()))
+            else:
+                put = on_tensor(edit)
+            found[name] = located(site, put, self.where)
+        return found
+
     def moved(self, neurons: Neurons, means: Mapping[str, Any]) -> Patch:
         """The same on other neurons at the same sites.
 
@@ -175,6 +194,28 @@ def _edit(site: Site, values: torch.Tensor, indices: torch.Tensor | None) -> Edi
             raise DataError(_misfit(site, values, tensor, pattern))
         changed[..., columns] = given.to(tensor)
         return changed
+
+    return edit
+
+
+def _in_steps(site: Site, values: torch.Tensor, indices: torch.Tensor | None) -> SeenEdit:
+    """At a site that shows one time step after the other: what was given for this one."""
+
+    def edit(seen: Seen, call: Call) -> torch.Tensor:
+        layout = layout_of(site, seen, call)
+        steps, width = values.shape[-2], values.shape[-1]
+        missing = call.start >= steps if layout.place is None else layout.length != steps
+        if missing or values.ndim > 3 or (values.ndim == 3 and values.shape[0] not in (1, layout.examples)):
+            raise DataError(
+                f"the activations to put at {site.name} are {list(values.shape)}, and it runs over {layout.examples} "
+                f"examples for {'more' if layout.place is None else layout.length} steps: give them as "
+                "[examples, steps, size], or as [steps, size] for every example alike"
+            )
+        if layout.place is None:
+            given = values[..., call.start, :]
+        else:
+            given = values.expand(layout.examples, steps, width).reshape(-1, width)[layout.place.to(values.device)]
+        return _edit(site, given, indices)(seen.tensor)
 
     return edit
 

@@ -1,14 +1,15 @@
 """`patch_path`: what one place does to another directly, and not through what lies between (path patching).
 
 The sender gets its activations of another input while everything else that writes into the residual stream is held at
-what it does on this one; what the receivers then compute is what is put there in the run that is patched. Kevin Wang
+what it does on this one, the receivers too, so that none of them acts on another; what the receivers then compute is
+what is put there in the run that is patched. Kevin Wang
 et al., "Interpretability in the Wild" (2022); Nicholas Goldowsky-Dill et al., "Localizing Model Behavior with Path
 Patching" (2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,43 +51,70 @@ def patch_path(
         A `Patch` of the receivers.
 
     Raises:
-        DataError: the two inputs are not of one shape, or a receiver is not reached after the sender.
+        DataError: the two inputs are not of one shape, a receiver is not reached after the sender, the sender does not
+            write into the residual stream, or something that does cannot be held (experts).
     """
-    there = sender.sites if isinstance(sender, Neurons) else [model.site(sender).name]
-    ends = receivers.sites if isinstance(receivers, Neurons) else [each.name for each in model.select(receivers)]
-    order = list(model.sites)
-    late = [name for name in there for end in ends if order.index(name) >= order.index(model.site(end).name)]
-    if late:
-        raise DataError(f"the sender {late[0]} is not reached before the receivers {', '.join(ends)}")
-    held = [site for site in _writing(model) if site.name not in (*there, *ends)]
-    clean = _seen(model, inputs, [*held, *map(model.site, there)])
-    foreign = _seen(model, other, [model.site(name) for name in there])
-    for name in there:
-        if foreign[name].shape != clean[name].shape:
+    there = [model.site(name) for name in (sender.sites if isinstance(sender, Neurons) else [sender])]
+    named = [model.site(each) for each in receivers.sites] if isinstance(receivers, Neurons) else None
+    ends = model.select(receivers) if named is None else named  # type: ignore[arg-type]
+    writing = [site for site in model.sites.values() if site.kind in _WRITERS and not site.fixed]
+    _check_order(list(model.sites), writing, there, ends)
+    inputs, other = _read(model, inputs), _read(model, other)
+    clean, foreign = _seen(model, inputs, writing), _seen(model, other, there)
+    _check_lengths(inputs, other)
+    for site in there:
+        if foreign[site.name].shape != clean[site.name].shape:
             raise DataError(
-                f"the two inputs are not of one shape: {name} is {list(clean[name].shape)} on the one and "
-                f"{list(foreign[name].shape)} on the other"
+                f"the two inputs are not of one shape: {site.name} is {list(clean[site.name].shape)} on the one and "
+                f"{list(foreign[site.name].shape)} on the other"
             )
-    frozen = patch([site.name for site in held], {site.name: clean[site.name] for site in held})
-    sent = patch(sender, foreign, positions)
-    with model.intervene(frozen, sent):
-        received = _seen(model, inputs, [model.site(end) for end in ends])
-    where = receivers if isinstance(receivers, Neurons) else ends
-    return patch(where, received)
+    held = patch([site.name for site in writing], {site.name: clean[site.name] for site in writing})
+    if isinstance(sender, Neurons):
+        foreign = {name: foreign[model.site(name).name] for name in sender.sites}
+    sent = patch(sender if isinstance(sender, Neurons) else there[0], foreign, positions)
+    received = _seen(model, inputs, ends, held, sent)
+    if isinstance(receivers, Neurons):
+        return patch(receivers, {name: received[model.site(name).name] for name in receivers.sites})
+    return patch(list(received), received)
 
 
-def _writing(model: Model) -> list[Site]:
-    """The sites through which blocks write into the residual stream."""
-    return [site for site in model.sites.values() if site.kind in _WRITERS and not site.fixed]
+def _check_order(order: list[str], writing: list[Site], there: list[Site], ends: list[Site]) -> None:
+    for site in there:
+        if site not in writing:
+            kinds = ", ".join(_WRITERS)
+            raise DataError(f"the sender {site.name} does not write into the residual stream: senders are {kinds}")
+    for end in ends:
+        if end.name not in order:
+            raise DataError(f"the receiver {end.name} is not listed: whether the sender comes before it is not known")
+    late = [site.name for site in there for end in ends if order.index(site.name) >= order.index(end.name)]
+    if late:
+        raise DataError(f"the sender {late[0]} is not reached before the receivers {', '.join(e.name for e in ends)}")
 
 
-def _seen(model: Model, inputs: Any, sites: list[Site]) -> dict[str, torch.Tensor]:
-    """Site -> `[examples, ..., size]` on these inputs, interventions that are in force included."""
-    with model.evaluating(), torch.no_grad(), reading(model.module, sites) as captured:
-        if isinstance(inputs, dict):
-            model(**inputs)
+def _read(model: Model, inputs: Any) -> Any:
+    texts = isinstance(inputs, str) or (isinstance(inputs, Sequence) and all(isinstance(each, str) for each in inputs))
+    return model.inputs(inputs) if texts else inputs
+
+
+def _check_lengths(inputs: Any, other: Any) -> None:
+    masks = [each.get("attention_mask") if isinstance(each, Mapping) else None for each in (inputs, other)]
+    first, second = masks
+    if first is not None and second is not None and first.shape == second.shape and not torch.equal(first, second):
+        raise DataError("the two inputs are not of one shape: an example has more tokens in the one than in the other")
+
+
+def _seen(model: Model, inputs: Any, sites: list[Site], *interventions: Patch) -> dict[str, torch.Tensor]:
+    """Site -> `[examples, ..., size]` on these inputs, as it is before these interventions act there."""
+    with (
+        model.evaluating(),
+        torch.no_grad(),
+        reading(model.module, sites) as captured,
+        model.intervene(*interventions),
+    ):
+        if isinstance(inputs, Mapping):
+            model.module(**inputs)
         else:
-            model([inputs] if isinstance(inputs, str) else inputs)
+            model.module(inputs)
     found = {}
     for site in sites:
         seen = joined(site, captured[site.name])

@@ -26,12 +26,20 @@ class SideBySide:
     """Interventions on equal parts of a batch, in order; None leaves its part as it is.
 
     Attributes:
-        parts: for each part of the batch an intervention, several of them, or None.
+        parts: for each part of the batch an intervention, several of them, or None. Positions and examples of an
+            intervention are those of its part.
+
+    Raises:
+        DataError: there is no part; or, in a call, the batch has not that many equal parts.
     """
 
     parts: Sequence[Any]
 
     kind = "side_by_side"
+
+    def __post_init__(self) -> None:
+        if not len(self.parts):
+            raise DataError("SideBySide takes at least one part")
 
     def seen_edits(self, model: Model) -> dict[str, SeenEdit]:
         """Name of a site -> what becomes of what it shows in a call."""

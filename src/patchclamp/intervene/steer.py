@@ -42,7 +42,8 @@ def steer(
         examples: the rows of a batch. None for all.
 
     Raises:
-        DataError: no directions, or the strength is not a finite number.
+        DataError: no directions, the strength is not a finite number, or `relative` where nothing is added, or where
+            the directions of a site add up to nothing.
     """
     if not isinstance(directions, Directions):
         raise DataError(f'steer takes pc.Directions({{"resid_post.3": vector}}), not {type(directions).__name__}')
@@ -50,8 +51,11 @@ def steer(
         raise DataError(f"steer() takes a finite strength, not {strength!r}")
     if how not in ("add", "project_out"):
         raise DataError(f'steer(how=...) is "add" or "project_out", not {how!r}')
-    if relative:
-        directions.unit()  # refuses one of length 0
+    if relative and how == "project_out":
+        raise DataError('steer(relative=True) is for how="add": what is projected out has a length of its own')
+    for site, vectors in directions.items() if relative else ():
+        if not np.linalg.norm(vectors.sum(0)) > 0:
+            raise DataError(f"the directions at {site} add up to length 0, which cannot be scaled")
     return Steer(directions, float(strength), bool(relative), how, Where.of(positions, examples, "steer"))
 
 
@@ -95,6 +99,8 @@ class Steer:
         found: dict[str, Edit] = {}
         for name, vectors in self.directions.items():
             site = model.site(name)
+            if site.name in found:
+                raise DataError(f"steer() is given directions twice at {site.name}, once as {name}")
             if site.size is not None and site.size != vectors.shape[1]:
                 raise DataError(f"{site.name} has {site.size} neurons; the directions there have {vectors.shape[1]}")
             found[site.name] = self._edit(site.name, torch.from_numpy(vectors.copy()))
@@ -111,11 +117,10 @@ class Steer:
 
     def _edit(self, name: str, vectors: torch.Tensor) -> Edit:
         if self.how == "project_out":
-            # An orthonormal basis of their span, so that directions that overlap are not taken out twice.
-            basis = torch.linalg.qr(vectors.double().T)[0].to(torch.float32)
+            basis = _span(vectors)
 
             def take_out(tensor: torch.Tensor) -> torch.Tensor:
-                there = _fits(name, basis.T, tensor)
+                there = _fits(name, basis, tensor)
                 return tensor - self.strength * ((tensor @ there.T) @ there)
 
             return take_out
@@ -127,6 +132,13 @@ class Steer:
             return tensor + (added * tensor.norm(dim=-1, keepdim=True) if self.relative else added)
 
         return add
+
+
+def _span(vectors: torch.Tensor) -> torch.Tensor:
+    """`[rank, size]`, an orthonormal basis: directions that overlap, or are the same, are not taken out twice."""
+    _, sizes, basis = torch.linalg.svd(vectors.double(), full_matrices=False)
+    # The vectors are float32, and so are those of them that are sums of others.
+    return basis[sizes > sizes.max() * 1e-6].to(torch.float32)
 
 
 def _fits(name: str, vectors: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ def seen_edits(intervention: Any, model: Any) -> dict[str, SeenEdit]:
     if own is not None:
         return dict(own(model))
     where = getattr(intervention, "where", None)
-    return {name: _located(model.site(name), edit, where) for name, edit in intervention.edits(model).items()}
+    return {name: located(model.site(name), on_tensor(edit), where) for name, edit in intervention.edits(model).items()}
 
 
 def taps_of(model: Any, interventions: Sequence[Any], calls: Calls, reached: set[str]) -> list[Tap]:
@@ -51,14 +51,20 @@ def _tap(site: Site, edit: SeenEdit, calls: Calls, reached: set[str], key: int) 
     return Tap(site, see)
 
 
-def _located(site: Site, edit: Callable[[torch.Tensor], torch.Tensor], where: Any) -> SeenEdit:
+def on_tensor(edit: Callable[[torch.Tensor], torch.Tensor]) -> SeenEdit:
+    """An edit that looks at the tensor alone."""
+    return lambda seen, _call: edit(seen.tensor)
+
+
+def located(site: Site, edit: SeenEdit, where: Any) -> SeenEdit:
+    """The edit at some positions and examples only; None for all."""
     if where is None:
-        return lambda seen, _call: edit(seen.tensor)
+        return edit
 
     def at(seen: Seen, call: Call) -> torch.Tensor:
         mask = where.mask(site, seen, call)
         if not bool(mask.any()):
             return seen.tensor
-        return torch.where(mask, edit(seen.tensor), seen.tensor)
+        return torch.where(mask, edit(seen, call), seen.tensor)
 
     return at

@@ -83,7 +83,8 @@ class Calls:
         prefix = "decoder_" if two_stacks else ""
         ids = _tokens(given, prefix)
         if ids is None and not two_stacks:  # a network of the user's own names what it is given as it likes
-            ids = next((each for each in given.values() if _are_ids(each)), None)
+            first = next((each for each in given.values() if isinstance(each, torch.Tensor)), None)
+            ids = first if _are_ids(first) else None
         examples, columns = (None, None) if ids is None else ids.shape[:2]
         others = _first(given, *_OF_OTHER_KINDS)
         self._both = ids is not None and others is not None
@@ -147,21 +148,21 @@ class Calls:
 def following(root: nn.Module, encoder: nn.Module | None = None) -> Iterator[Calls]:
     """Follow the calls of a network while the block runs; `encoder` may be called by itself, as `generate` does."""
     calls = Calls()
-    names = {module: _names(module) for module in (root, encoder) if module is not None}
+    names, names_of_encoder = _names(root), [] if encoder is None else _names(encoder)
     running = False
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal running
         running = True
-        calls.begin(dict(zip(names[module], args, strict=False)) | kwargs, encoder is not None)
+        calls.begin(dict(zip(names, args, strict=False)) | kwargs, encoder is not None)
 
     def after(*_: Any) -> None:
         nonlocal running
         running = False
         calls.ended()
 
-    def before_encoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.begin_encoder(dict(zip(names[module], args, strict=False)) | kwargs)
+    def before_encoder(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.begin_encoder(dict(zip(names_of_encoder, args, strict=False)) | kwargs)
 
     def after_encoder(*_: Any) -> None:
         if not running:

@@ -405,7 +405,8 @@ class Model:
     @property
     def _encoder(self) -> nn.Module | None:
         # `generate` calls the encoder of two stacks by itself.
-        return self.module.get_encoder() if self.is_encoder_decoder else None  # type: ignore[operator]
+        find: Any = getattr(self.module, "get_encoder", None)
+        return find() if self.is_encoder_decoder and find is not None else None
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -302,8 +302,8 @@ class _Passing:
 
     def __init__(self, taps: list[Tap], places: list[torch.Tensor] | None, call: _Call) -> None:
         self._places = None if places is None else iter(places)
-        packed = isinstance(call.given, PackedSequence)
-        self._rectangle = (len(call.sizes), call.sizes[0], _lengths(call.given) if packed else None)
+        lengths = _lengths(call.given) if isinstance(call.given, PackedSequence) else None
+        self._rectangle = (len(call.sizes), call.sizes[0], lengths)
         self.kept: list[tuple[Tap, list[torch.Tensor]]] = [(tap, []) for tap in taps if not tap.writes]
         readers = iter(self.kept)
         self._taps = [(tap, None if tap.writes else next(readers)[1]) for tap in taps]

@@ -63,7 +63,8 @@ class TransferMatrix:
             own = self.curve.filter((pl.col("set") == name) & (pl.col("task") == name)).sort("neurons")
             lost = -own["change"].to_numpy()
             constant = len(lost) < 2 or np.ptp(lost) == 0
-            found[name] = float("nan") if constant else float(np.corrcoef(rankdata(own["neurons"].to_numpy()), rankdata(lost))[0, 1])
+            ranks = np.corrcoef(rankdata(own["neurons"].to_numpy()), rankdata(lost))
+            found[name] = float("nan") if constant else float(ranks[0, 1])
         return found
 
     @property
