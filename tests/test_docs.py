@@ -34,7 +34,8 @@ def test_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch, mi
 
 
 @pytest.mark.parametrize(
-    ("page", "at_least"), [("data", 5), ("images", 4), ("models", 9), ("long-runs", 1), ("pairs", 1)]
+    ("page", "at_least"),
+    [("data", 5), ("images", 4), ("models", 9), ("long-runs", 1), ("pairs", 1), ("interventions", 9)],
 )
 def test_page_prints_what_it_says(page: str, at_least: int, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

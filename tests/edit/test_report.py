@@ -169,7 +169,10 @@ def test_changed_weights_are_counted() -> None:
     weight = before.module.get_parameter(row.parameter).detach()
     assert row.largest_change == pytest.approx(float(weight[[3, 4]].abs().max()))
     size = sum(each.numel() for each in before.module.parameters())
-    assert f"1 weight matrices and vectors are others: 32 of {size:,} parameters" in found.sentences
+    assert (
+        f"1 of {len(list(before.module.parameters()))} weight tensors changed: 32 of {size:,} parameters"
+        in found.sentences
+    )
     # Only what was done since: the model before has been edited too.
     later = report(baked, prune(baked, pc.Neurons({"mlp.0": [3], "mlp.1": [3]})), data)
     assert later.changes[0].before == found.changes[0].after

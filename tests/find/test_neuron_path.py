@@ -74,6 +74,14 @@ def test_the_published_products_let_a_large_activation_win_without_any_effect() 
     assert neuron_path(gates([(3, 5)]), given, 0, SITES, score="joint").units.tolist() == [[3, 7]] * 3
 
 
+def test_the_published_score_is_the_product_of_two_sums() -> None:
+    """With u = 1 and v = 1/2 the slopes are as v to u: (u + v)(v + u) against 2 u v."""
+    given = inputs(0.0, {3: 1.0, 8 + 5: 0.5})
+    own, joint = (neuron_path(gates([(3, 5)]), given, 0, SITES, score=each) for each in ("own", "joint"))  # type: ignore[arg-type]
+    np.testing.assert_allclose(joint.jas[:, 1], 1.5**2 / (2 * 0.5) * own.jas[:, 1], rtol=1e-5)
+    np.testing.assert_allclose(joint.jas[:, 0], own.jas[:, 0], rtol=1e-6)
+
+
 def test_each_example_of_a_batch_has_its_own_class() -> None:
     model = gates([(3, 5), (1, 2)])
     given = inputs(0.5, {3: 1.0, 8 + 5: 1.0, 1: 1.0, 8 + 2: 1.0}, 4)
@@ -224,8 +232,10 @@ def test_influence_follows_the_derivatives_backward() -> None:
         module[0].bias.fill_(1.0)
         module[2].bias.fill_(1.0)
         module[2].weight[5, 3] = 1.0
-        module[2].weight[4, 2] = 9.0  # unit 4 depends on unit 2 more, but the class does not depend on unit 4
+        module[2].weight[4, 2] = 15.0
         module[4].weight[0, 5] = 1.0
+        # Through unit 4 the class depends on unit 2 more than on unit 3, but on unit 4 itself less than on unit 5.
+        module[4].weight[0, 4] = 0.1
     found = path_baseline(pc.load(module), torch.zeros(3, 4), 0, method="influence")
     assert found.units.tolist() == [[3, 5]] * 3
 

@@ -240,6 +240,8 @@ def test_a_part_that_is_called_by_itself() -> None:
     with torch.no_grad(), t5.intervene(held("encoder.mlp.0", positions=[0])):
         got = encoder(**inputs)[0]
         assert torch.equal(got, encoder(inputs["input_ids"], inputs["attention_mask"])[0])
+        with pytest.raises(DataError, match="is in a part of the network that was called by itself"):
+            encoder.block[0].layer[1](torch.randn(2, 3, 16))
     site = t5.site("encoder.mlp.0")
     rows = chosen(inputs["attention_mask"].bool(), [0])
     with torch.no_grad(), changing(t5.module, {site: clamped([0, 3], 2.5)}, lambda _: rows):

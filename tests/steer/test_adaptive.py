@@ -87,11 +87,16 @@ def test_where_the_input_does_not_say_which_way_the_probe_is_at_chance() -> None
         back = sign[:, None] * SHIFT / 3
         return without + back, with_ + back, kind
 
-    without, with_, _ = hidden(0, 1_000)
+    without, with_, _ = hidden(0, 400)
     found = AdaptiveSteering.fit(model, with_, without, "module:site", clusters=2)
     fresh, _, kind = hidden(1, 1_000)
     assert right_side(model, fresh, kind, found) == pytest.approx(0.5, abs=0.06)
-    assert found.accuracy["module:site"] == pytest.approx(0.5, abs=0.12)
+    # Few prompts are learned by heart: what the probe tells of those it has seen would be far above a half.
+    told = [
+        AdaptiveSteering.fit(model, with_[:60], without[:60], "module:site", clusters=2, seed=seed).accuracy
+        for seed in range(8)
+    ]
+    assert np.mean([each["module:site"] for each in told]) == pytest.approx(0.5, abs=0.15)
 
 
 def test_shuffled_pairs_of_prompt_and_cluster_bring_it_to_half() -> None:

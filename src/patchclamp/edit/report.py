@@ -174,11 +174,13 @@ class Weights:
     Attributes:
         before: how many parameters (numbers) the model before has.
         after: how many the model after has.
+        tensors: how many weight tensors either has, by name.
         parameters: those that changed.
     """
 
     before: int
     after: int
+    tensors: int
     parameters: list[ParameterChange]
 
     @property
@@ -186,11 +188,10 @@ class Weights:
         """The change in words."""
         if not self.parameters:
             return f"no weight changed: all {self.before:,} are as they were"
-        names = f"{len(self.parameters)} weight matrices and vectors are others"
-        alike = sum(each.changed or 0 for each in self.parameters)
+        names = f"{len(self.parameters)} of {self.tensors} weight tensors changed"
         if self.before != self.after:
-            return f"{names}; {self.before:,} parameters became {self.after:,}"
-        return f"{names}: {alike:,} of {self.before:,} parameters"
+            return f"{names}, and {self.before:,} parameters became {self.after:,}"
+        return f"{names}: {sum(each.changed or 0 for each in self.parameters):,} of {self.before:,} parameters"
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,8 @@ def _weights(before: Model, after: Model) -> Weights:
     # The names of tied ones too, so that one that was tied and is no more is no new parameter.
     every = [dict(each.module.named_parameters(remove_duplicate=False)) for each in (before, after)]
     rows = []
-    for name in dict.fromkeys((*new, *old)):
+    names = list(dict.fromkeys((*new, *old)))
+    for name in names:
         one, two = every[0].get(name), every[1].get(name)
         shapes = [None if each is None else tuple(each.shape) for each in (one, two)]
         if one is None or two is None or shapes[0] != shapes[1]:
@@ -318,4 +320,4 @@ def _weights(before: Model, after: Model) -> Weights:
         difference = (two.detach().double() - one.detach().to(two.device).double()).abs()
         if changed := int((difference != 0).sum()):
             rows.append(ParameterChange(name, shapes[0], shapes[1], changed, float(difference.max())))
-    return Weights(counts[0], counts[1], rows)
+    return Weights(counts[0], counts[1], len(names), rows)

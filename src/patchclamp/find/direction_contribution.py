@@ -3,7 +3,7 @@
 Each group holds one example of every class and is alike but for it (the same scenario told in every mood):
 
     centred = h - mean over the classes of its group         at the last token; what the group shares is gone
-    difference of a class = mean over groups of centred - mean over classes of that
+    difference of a class = mean over groups of centred
     contribution of a neuron = mean over the examples of the class of  activation * <output weights, direction>
 
 A head's contribution is the sum of those of its neurons, those that enter the output projection: it is exactly how much
@@ -85,8 +85,7 @@ def grouped_differences(
         if len(given) != len(which):
             raise DataError(f"{site} has {len(given)} examples; there are {len(which)} classes")
         centred = given[rows] - given[rows].mean(1, keepdims=True)  # [groups, classes, size]
-        centroids = centred.mean(0)
-        found[site] = centroids - centroids.mean(0)
+        found[site] = centred.mean(0)  # these sum to 0 over the classes
     return Directions(found, names)
 
 

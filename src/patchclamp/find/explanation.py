@@ -141,6 +141,10 @@ def assembled(
     value = float(seen.value[0])
     products = {name: (seen.activations[name][0] * slope[0]).double() for name, slope in seen.gradients.items()}
     direct = {part.site.name: part.values for part in parts if part.site is not None}
+    if any(part.kind == "rest" for part in parts):
+        # Experts that were not given the last token wrote nothing there.
+        idle = [name for name in products if name not in direct and model.site(name).kind == "expert"]
+        direct |= {name: torch.zeros(products[name].shape[-1]) for name in idle}
     ranked_by = "direct" if parts else "gradient"
     sites = [model.site(name) for name in products]
     neurons = [_of_neurons(site, products[site.name], direct, tokens) for site in sites if _has_neurons(site)]
