@@ -2,14 +2,15 @@
 
 The model is trained here, in the manner of DDPM, on images of 8 x 8 pixels: a square, a cross, a bar or a frame, in
 one of four colours, asked for by two words, which it reads by cross attention. A fifth word for a colour was never
-used. The subject is one colour of one shape. Weights of the keys and values are searched whose shrinking lowers the
-loss on the subject, asked for with the unused word; they are set to 0. Do samples for the unused word show the subject
-then?
+used, and gives whatever it happens to. A subject is one colour of one shape. Weights of the keys and values are
+searched whose shrinking lowers the loss on the subject, asked for with the unused word; they are set to 0. Do samples
+for the unused word show the subject then? Subjects are two for each colour.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from patchclamp.find.concept_weights import concept_weights
-from patchclamp.weights import Weights
+from patchclamp.find.concept_weights import Loss, concept_weights
 
 SIZE, SHAPES, COLOURS, WIDTH, HEADS, BLOCKS = 8, 4, 4, 64, 4, 2
 NEW = COLOURS  # the word for a colour that was never used
-NOISE_STEPS, TRAINING_STEPS, BATCH = 40, 2500, 64
-SUBJECT = (0, 1)  # colour, shape
-SAMPLES, RANDOM_SETS = 48, 5
-THRESHOLD, SEARCHED = 0.1, 30
+NOISE_STEPS, TRAINING_STEPS, BATCH = 40, 2000, 64
+SUBJECTS = [(colour, (colour + each) % SHAPES) for colour in range(COLOURS) for each in (1, 2)]
+SAMPLES, RANDOM_SETS, SEARCHED = 32, 2, 30
+THRESHOLDS = (0.1, 0.2, 0.4)
+PARAMETERS = ("*attn2.to_k.weight", "*attn2.to_v.weight")
 _PALETTE = torch.tensor([[1.0, -0.8, -0.8], [-0.8, 1.0, -0.8], [-0.8, -0.8, 1.0], [1.0, 1.0, -0.8]])
 
 
@@ -33,45 +34,66 @@ def measure(seed: int = 0) -> dict[str, Any]:
     """Train, search, shut, draw.
 
     Returns:
-        `share` of weights of keys and values that are shut; `loss` on the subject before and after; of samples for the
-        new word with the subject's shape: `subject`, the share that a classifier calls the subject's colour and shape,
-        before, after, and with as many weights shut by chance (mean and most); `other_shapes`, the share of samples for
-        the new word and other shapes that have the subject's colour; `still_right`, the share of samples for words that
-        were trained which show what was asked for, before and after.
+        `right`: the share of samples for words that were trained which show what was asked for. For each threshold,
+        means over subjects: `share` of the weights of keys and values that are shut; `loss` on the subject and
+        `subject`, the share of samples for the new word with its shape that show it, of the model as it is (`before`),
+        with the weights shut (`after`), and with as many others (`chance`); how many subjects are `drawn_more_often`;
+        `right_after`, as `right`; `jaccard` of the weights of two subjects.
     """
     denoiser = _trained(seed)
+    searched = sum(each.numel() for name, each in denoiser.named_parameters() if "attn2.to_" in name)
+    known = [(colour, shape) for colour in range(COLOURS) for shape in range(SHAPES)] * 3
+    plain = [_tried(denoiser, subject, seed) for subject in SUBJECTS]
+    found: dict[str, Any] = {"right": _right(denoiser, known, seed), "subjects": len(SUBJECTS), "thresholds": {}}
+    for threshold in THRESHOLDS:
+        weights = [
+            concept_weights(denoiser, _loss_on(each), PARAMETERS, threshold=threshold, steps=SEARCHED, seed=seed)
+            for each in SUBJECTS
+        ]
+        after = [_tried(each.zeroed(denoiser), of, seed) for each, of in zip(weights, SUBJECTS, strict=True)]
+        chance = [
+            np.mean(
+                [_tried(each.sample_like(denoiser, draw).zeroed(denoiser), of, seed) for draw in range(RANDOM_SETS)], 0
+            )
+            for each, of in zip(weights, SUBJECTS, strict=True)
+        ]
+        losses, shown = np.asarray([plain, after, chance]).transpose(2, 0, 1)
+        found["thresholds"][threshold] = {
+            "share": float(np.mean([each.count for each in weights])) / searched,
+            "loss": _named_means(losses),
+            "subject": _named_means(shown),
+            "drawn_more_often": {
+                "than_before": int((shown[1] > shown[0]).sum()),
+                "than_by_chance": int((shown[1] > shown[2]).sum()),
+                "never_lacked": int((shown[0] == 1).sum()),
+            },
+            "right_after": float(np.mean([_right(each.zeroed(denoiser), known, seed) for each in weights[::4]])),
+            "jaccard": float(np.mean([one.jaccard(two) for one, two in pairwise(weights)])),
+        }
+    return found
+
+
+def _named_means(values: np.ndarray) -> dict[str, float]:
+    return {name: float(each.mean()) for name, each in zip(("before", "after", "chance"), values, strict=True)}
+
+
+def _loss_on(subject: tuple[int, int]) -> Loss:
+    """The denoising loss on a subject, asked for by the new word and its shape."""
 
     def loss(module: nn.Module, generator: torch.Generator) -> torch.Tensor:
-        colour, shape = (torch.full((BATCH,), each) for each in SUBJECT)
-        images = draw(colour, shape, generator)
-        return _loss(module, images, torch.full((BATCH,), NEW), shape, generator)
+        colour, shape = (torch.full((BATCH,), each) for each in subject)
+        return _loss(module, draw(colour, shape, generator), torch.full((BATCH,), NEW), shape, generator)
 
-    found = concept_weights(
-        denoiser, loss, ("*attn2.to_k.weight", "*attn2.to_v.weight"), threshold=THRESHOLD, steps=SEARCHED, seed=seed
-    )
-    searched = sum(each.numel() for name, each in denoiser.named_parameters() if "attn2.to_" in name)
-    chance = [found.sample_like(denoiser, seed + number) for number in range(RANDOM_SETS)]
-    asked = [(NEW, SUBJECT[1])] * SAMPLES
-    others = [(NEW, shape) for shape in range(SHAPES) if shape != SUBJECT[1]] * (SAMPLES // (SHAPES - 1))
-    known = [(colour, shape) for colour in range(COLOURS) for shape in range(SHAPES)] * 3
-    after = found.zeroed(denoiser)
-    drawn = {name: sampled(module, asked, seed) for name, module in (("before", denoiser), ("after", after))}
-    by_chance = [_subject(sampled(each.zeroed(denoiser), asked, seed)) for each in chance]
-    return {
-        "weights": found.counts,
-        "share": found.count / searched,
-        "bytes": {"places, int32": 4 * found.count, "keys and values, float32": 4 * searched},
-        "loss": {name: _mean_loss(module, loss, seed) for name, module in (("before", denoiser), ("after", after))},
-        "loss_random": float(np.mean([_mean_loss(each.zeroed(denoiser), loss, seed) for each in chance])),
-        "subject": {name: _subject(images) for name, images in drawn.items()},
-        "subject_random": {"mean": float(np.mean(by_chance)), "most": max(by_chance)},
-        "other_shapes": {
-            name: float((_named(sampled(module, others, seed))[0] == SUBJECT[0]).float().mean())
-            for name, module in (("before", denoiser), ("after", after))
-        },
-        "still_right": {name: _right(module, known, seed) for name, module in (("before", denoiser), ("after", after))},
-        "overlap_with_another_subject": _overlap(denoiser, found, seed),
-    }
+    return loss
+
+
+def _tried(module: nn.Module, subject: tuple[int, int], seed: int) -> tuple[float, float]:
+    """Loss on the subject, and the share of samples for the new word and its shape that show it."""
+    generator, loss = torch.Generator().manual_seed(seed + 100), _loss_on(subject)
+    with torch.no_grad():
+        mean = float(np.mean([float(loss(module, generator)) for _ in range(10)]))
+    colour, shape = _named(sampled(module, [(NEW, subject[1])] * SAMPLES, seed))
+    return mean, float(((colour == subject[0]) & (shape == subject[1])).float().mean())
 
 
 # Images ---------------------------------------------------------------------------------------------
@@ -189,12 +211,6 @@ def _loss(
     return functional.mse_loss(module(noisy, moment, colour, shape), noise)
 
 
-def _mean_loss(module: nn.Module, loss: Any, seed: int) -> float:
-    generator = torch.Generator().manual_seed(seed + 100)
-    with torch.no_grad():
-        return float(np.mean([float(loss(module, generator)) for _ in range(20)]))
-
-
 def _trained(seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -226,29 +242,10 @@ def sampled(module: nn.Module, asked: list[tuple[int, int]], seed: int) -> torch
     return images
 
 
-def _subject(images: torch.Tensor) -> float:
-    colour, shape = _named(images)
-    return float(((colour == SUBJECT[0]) & (shape == SUBJECT[1])).float().mean())
-
-
 def _right(module: nn.Module, asked: list[tuple[int, int]], seed: int) -> float:
     colour, shape = _named(sampled(module, asked, seed))
     wanted = torch.tensor(asked)
     return float(((colour == wanted[:, 0]) & (shape == wanted[:, 1])).float().mean())
-
-
-def _overlap(denoiser: nn.Module, found: Weights, seed: int) -> float:
-    """Jaccard with the weights of another subject: another colour, another shape."""
-    colour, shape = (SUBJECT[0] + 1) % COLOURS, (SUBJECT[1] + 1) % SHAPES
-
-    def loss(module: nn.Module, generator: torch.Generator) -> torch.Tensor:
-        forms = torch.full((BATCH,), shape)
-        images = draw(torch.full((BATCH,), colour), forms, generator)
-        return _loss(module, images, torch.full((BATCH,), NEW), forms, generator)
-
-    names = ("*attn2.to_k.weight", "*attn2.to_v.weight")
-    other = concept_weights(denoiser, loss, names, threshold=THRESHOLD, steps=SEARCHED, seed=seed)
-    return found.jaccard(other)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_the_spurious_weight_and_no_other() -> None:
     assert found == Weights({"weight": [PLACE]})
     assert torch.equal(module.weight, before)
     assert torch.equal(found.zeroed(module).weight, true)  # type: ignore[arg-type]
-    assert float(loss(found.zeroed(module), torch.Generator().manual_seed(1))) == 0
+    with torch.no_grad():
+        assert float(loss(found.zeroed(module), torch.Generator().manual_seed(1))) == 0
     wrapped = concept_weights(pc.load(module, example=torch.zeros(1, WIDTH)), loss, "weight")
     assert wrapped == found == concept_weights(module, loss, ["*"], steps=1, shrink=0.0)
 

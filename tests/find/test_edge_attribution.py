@@ -120,7 +120,7 @@ def test_edges_that_lead_nowhere_are_pruned() -> None:
     found = eap_ig(induction(), clean, corrupt, logit_difference(right, wrong))
     sender, receiver = found.graph.edges
     scores = np.zeros_like(found.scores)
-    assert len(EdgeAttribution(scores, *_rest(found)).top(3)) == 0
+    assert len(EdgeAttribution(scores, *_rest(found)).top(len(sender))) == 0
     # The edge into the logits alone has no way from the embedding; with the value edge it has.
     last = [each for each in range(len(sender)) if found.graph.receivers[receiver[each]].name == "logits"]
     head = next(each for each in last if found.graph.senders[sender[each]] == "attn.1.1")
@@ -130,7 +130,15 @@ def test_edges_that_lead_nowhere_are_pruned() -> None:
     scores[:, value] = 2.0
     both = EdgeAttribution(scores, *_rest(found)).top(2)
     assert both.edges["receiver"].to_list() == ["logits", "attn.1.1.value"] and both.heads == ("attn.1.1",)
-    scores[:, head] = 0.0
+    other = next(each for each in last if found.graph.senders[sender[each]] == "attn.1.0")
+    scores[:, other] = 1.0
+    assert len(EdgeAttribution(scores, *_rest(found)).top(3)) == 2
+    unread = next(
+        number for number, each in enumerate(receiver) if found.graph.receivers[each].name == "attn.0.0.value"
+    )
+    scores[:, other], scores[:, unread] = 0.0, 1.0
+    assert len(EdgeAttribution(scores, *_rest(found)).top(3)) == 2
+    scores[:, [head, unread]] = 0.0
     assert len(EdgeAttribution(scores, *_rest(found)).top(2)) == 0
 
 

@@ -14,6 +14,7 @@ from patchclamp.decompose.embedding_geometry import (
     rank_needed,
 )
 from patchclamp.decompose.helix import Helix, fit_helix
+from patchclamp.decompose.interchange import Interchanges
 from patchclamp.decompose.output_svd import HeadStates, OutputDecomposition, head_states, output_svd
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FourierPower",
     "HeadStates",
     "Helix",
+    "Interchanges",
     "OutputDecomposition",
     "RankCurve",
     "Subspace",

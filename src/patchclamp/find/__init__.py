@@ -8,9 +8,14 @@ from patchclamp.find.context_neurons import ContextAttributions, context_attribu
 from patchclamp.find.contrast import contrast, contrast_overlap
 from patchclamp.find.coverage import coverage, coverage_overlap
 from patchclamp.find.culnig import Questions, culnig
-from patchclamp.find.direction_contribution import class_directions, direction_contribution, head_contribution
+from patchclamp.find.direction_contribution import (
+    class_directions,
+    direction_contribution,
+    grouped_differences,
+    head_contribution,
+)
 from patchclamp.find.domains import domains, domains_overlap
-from patchclamp.find.edge_attribution import Circuit, EdgeAttribution, eap_ig
+from patchclamp.find.edge_attribution import Circuit, EdgeAttribution, eap_ig, head_neurons
 from patchclamp.find.expertise import expertise
 from patchclamp.find.explain import explain
 from patchclamp.find.explanation import Explanation
@@ -73,8 +78,10 @@ __all__ = [
     "fingerprint_distance",
     "frequency_tagging",
     "generic_marker_test",
+    "grouped_differences",
     "head_contribution",
     "head_importance",
+    "head_neurons",
     "induction_strength",
     "label_finders",
     "lape",

@@ -45,8 +45,8 @@ class LinEAS:
     which the loss with its penalties is larger is taken back, and halved from then on.
 
     Attributes:
-        sites: where, by name or glob; in the paper the outputs of the norms of a language model
-            (`module:model.layers.*`... by name), which can be folded into the norm.
+        sites: where, by name or glob; in the paper the outputs of the norms of a language model, which are named
+            `module:model.layers.0.input_layernorm` and so on, and into whose weights the maps can be folded.
         sparsity: weight of the sum of |w - 1| + |b|, 0 or more; chooses neurons.
         group_sparsity: weight of sqrt(d) (|w - 1|_2 + |b|_2) of each site, 0 or more; chooses sites.
         steps: of descent.

@@ -113,23 +113,9 @@ def train(seed: int = 0, *, steps: int = _STEPS, images: int = _IMAGES, weights:
     Returns:
         What was written to `facts.json`.
     """
-    from transformers import ViTConfig, ViTForImageClassification
-
     torch.manual_seed(seed)
     started = time.process_time()
-    config = ViTConfig(
-        image_size=SIZE,
-        patch_size=4,
-        hidden_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        id2label=dict(enumerate(CLASSES)),
-        label2id={name: number for number, name in enumerate(CLASSES)},
-    )
-    module: Any = ViTForImageClassification(config)
+    module = _untrained()
     pixels, wanted = pixels_and_classes(quarters(images, seed=1))
     matrices = [each for each in module.parameters() if each.ndim > 1]
     others = [each for each in module.parameters() if each.ndim <= 1]
@@ -183,6 +169,24 @@ def score(model: Model, images: Images | None = None) -> dict[str, float]:
         logits = torch.cat([model.module(pixel_values=part).logits for part in pixels.split(500)])
     loss = nn.functional.cross_entropy(logits, wanted)
     return {"loss": float(loss), "accuracy": float((logits.argmax(1) == wanted).double().mean())}
+
+
+def _untrained() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=SIZE,
+        patch_size=4,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: number for number, name in enumerate(CLASSES)},
+    )
+    return ViTForImageClassification(config)
 
 
 def _kept(seed: int) -> Path:
