@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attribution
 import cluster
 import correlation
 import label_finders
@@ -25,7 +26,7 @@ Speed is measured as a ratio, side by side in one run, never as a time alone. Th
 def main() -> None:
     """Measure, print, write: after each section, so that a run that is stopped leaves what it has."""
     sections = [described()]
-    for each in (record_cost, memory, unembedding, correlation, label_finders, cluster):
+    for each in (record_cost, memory, unembedding, correlation, label_finders, attribution, cluster):
         sections.append(each.main())
         PAGE.write_text(INTRODUCTION + "\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"\nwritten: {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")

@@ -173,9 +173,12 @@ def test_a_path_of_texts_begins_at_the_baseline() -> None:
     torch.testing.assert_close(zero.value, plain)
     found = attribute(model, TEXTS, target, "mlp.*", method="conductance", steps=3, baseline=7)
     torch.testing.assert_close(found.baseline_value, at_token)
+    torch.testing.assert_close(found.value, plain)
     # Everything passes through the first residual stream: there it has to add up.
     stream = attribute(model, TEXTS, target, ["resid_pre.0", "mlp.0"], method="conductance", steps=600)
     assert stream.completeness()["complete"].to_list() == [True, False]
+    half = attribute(model, TEXTS, target, "resid_pre.0", method="conductance", steps=300, baseline=7)
+    assert half.completeness()["complete"].item()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,6 +197,15 @@ def test_batches_make_no_difference(method: str) -> None:
                 torch.testing.assert_close(parts.by_site[site], each, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(parts.value, whole.value)
             assert torch.equal(parts.mask, whole.mask)  # type: ignore[arg-type]
+
+
+def test_each_example_keeps_its_baseline() -> None:
+    model, inputs, baseline = pc.load(tanh_network()), drawn(5, 6), drawn(5, 6, seed=1)
+    more: dict[str, Any] = {"method": "conductance", "steps": 4, "baseline": baseline}
+    whole = attribute(model, inputs, FIRST, "mlp.*", batch=256, **more)
+    parts = attribute(model, inputs, FIRST, "mlp.*", batch=2, **more)
+    for site, each in whole.by_site.items():
+        torch.testing.assert_close(parts.by_site[site], each, rtol=1e-4, atol=1e-6)
 
 
 def test_a_token_for_each_text() -> None:

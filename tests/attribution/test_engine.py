@@ -158,11 +158,11 @@ def test_only_what_passes_through_the_site_counts() -> None:
     module, inputs = Skipping(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     model = pc.load(module, example=inputs)
     site = Site.custom("second", "input")
-    custom = gradients(model, inputs, attribution.class_logit(0), site)
     entering = Site("mlp.0", "mlp", 0, 3, module="second")
-    own = gradients(model, inputs, attribution.class_logit(0), entering)
-    for found in (custom.gradients[site.name], own.gradients["mlp.0"]):
-        torch.testing.assert_close(found, module.second.weight[0].detach().expand(4, 3))
+    for of in (site, entering):
+        for sites in ([of], [of, "module:first"]):  # behind another site, or where the graph begins
+            found = gradients(model, inputs, attribution.class_logit(0), sites).gradients[of.name]
+            torch.testing.assert_close(found, module.second.weight[0].detach().expand(4, 3))
 
 
 def test_an_in_place_nonlinearity_after_the_site() -> None:
@@ -338,6 +338,24 @@ def test_what_cannot_be_answered_is_said() -> None:
     assert not gradients(model, inputs, target, "module:aside").gradients["module:aside"].any()
     with pytest.raises(DataError, match=r"no examples"):
         gradients(model, inputs[:0], target, "module:one")
+
+
+class ReadsTwice(nn.Module):
+    """A recurrent layer that is called twice in one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(3, 3, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.layer(x)[0])[0].sum(1)
+
+
+def test_a_recurrent_layer_that_is_called_twice_is_refused() -> None:
+    inputs = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    site = "recurrent.layer.0"
+    with pytest.raises(ModelError, match="10 times"):
+        gradients(pc.load(ReadsTwice(), example=inputs), inputs, attribution.class_logit(0), site)
 
 
 @pytest.mark.parametrize(

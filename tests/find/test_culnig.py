@@ -96,6 +96,13 @@ def test_knowledge_is_found_and_impostors_are_not() -> None:
     assert row["z_cyn"] == pytest.approx(np.sqrt(3)) and row["z_ava"] == pytest.approx(-1 / np.sqrt(3))
 
 
+def test_specific_is_what_stands_out_among_groups() -> None:
+    """Four groups: one that scores alone is sqrt(3) standard deviations above the mean, and never more."""
+    below = culnig(network(), TARGET, CONTROL, CONFOUND, "mlp.0", least_z=1.7, **SHARES)
+    above = culnig(network(), TARGET, CONTROL, CONFOUND, "mlp.0", least_z=1.8, **SHARES)
+    assert of_kind(below, "specific") == units(*OWN) and not of_kind(above, "specific")
+
+
 def test_without_the_control_the_format_comes_in() -> None:
     found = quietly(network(), TARGET, None, CONFOUND, "mlp.0", excluded_share=0.0, **{"share": 12 / SIZE})
     assert of_kind(found, "general") >= units(FORMAT)

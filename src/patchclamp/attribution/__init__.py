@@ -1,8 +1,10 @@
 """Whose doing is it? One engine of gradients for all sites at once, and the targets that they are taken of."""
 
 from patchclamp.attribution.attribute import Attributions, attribute
+from patchclamp.attribution.batches import batches
 from patchclamp.attribution.engine import Gradients, frozen, gradients
 from patchclamp.attribution.targets import (
+    OfExamples,
     Target,
     class_logit,
     class_probability,
@@ -17,8 +19,10 @@ from patchclamp.attribution.targets import (
 __all__ = [
     "Attributions",
     "Gradients",
+    "OfExamples",
     "Target",
     "attribute",
+    "batches",
     "class_logit",
     "class_probability",
     "frozen",

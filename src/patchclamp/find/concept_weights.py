@@ -119,7 +119,7 @@ def _slopes(
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise DataError(f"the loss is one number, not {list(getattr(value, 'shape', [])) or type(value).__name__}")
         if not bool(value.isfinite()):
-            raise DataError(f"the loss is {float(value)} at step {step}")
+            raise DataError(f"the loss is {float(value.detach())} at step {step}")
         if not value.requires_grad:
             raise ModelError(f"the loss depends on none of {', '.join(chosen)}")
         found = torch.autograd.grad(value.reshape(()), list(chosen.values()), allow_unused=True)

@@ -110,16 +110,15 @@ def culnig(
     of_confound = None if confound is None else _scored(model, confound, chosen, batch).values
     general = scores.values.mean(0) - (0.0 if of_control is None else of_control.mean(0))
     attention = np.repeat([_is_attention(site) for site in chosen], list(sizes.values()))
-    shares = ((~attention, share), (attention, attention_share))
-    everyone = np.ones(len(general), bool)
     named = np.zeros(len(general)) if of_confound is None else of_confound.mean(0)
     out = np.zeros(len(general), bool)
     if of_confound is not None:
         out = _top(named, ((~attention, excluded_share), (attention, excluded_share)))
-    candidate = _top(general, shares)
+    candidate = _top(general, ((~attention, share), (attention, attention_share)))
     columns: dict[str, Any] = {}
     owners: list[list[str]] = [[] for _ in general]
-    barred = np.zeros(len(general), bool)
+    barred = candidate & out
+    everyone = np.ones(len(general), bool)
     for group, score, z, of_group in _of_groups(target, scores.values, control, of_control, confound, of_confound):
         columns |= {f"score_{group}": score, f"z_{group}": z}
         best = _top(score, ((everyone, specific_share),)) & (z >= least_z)
@@ -127,15 +126,11 @@ def culnig(
         barred |= best & hidden
         for place in np.flatnonzero(best & ~hidden):
             owners[place].append(group)
-    specific = np.asarray([bool(each) for each in owners])
-    kind = np.where((candidate & out) | barred, "excluded", "")
-    kind = np.where(specific, "specific", kind)
-    kind = np.where(candidate & ~out, "general", kind)
     frame = {
         "site": np.repeat(list(sizes), list(sizes.values())),
         "index": np.concatenate([np.arange(size) for size in sizes.values()]),
         "score": general,
-        "kind": kind.tolist(),
+        "kind": _kinds(candidate & ~out, np.asarray([bool(each) for each in owners]), barred),
         "group": [", ".join(each) for each in owners],
         "confound": named,
         **columns,
@@ -232,6 +227,10 @@ def _mean_of(values: np.ndarray, groups: Sequence[str] | None, group: str) -> np
     if not here.any():
         raise DataError(f"the group {group!r} has questions in the target, and none in control or confound")
     return values[here].mean(0)
+
+
+def _kinds(general: np.ndarray, specific: np.ndarray, excluded: np.ndarray) -> list[str]:
+    return np.select([general, specific, excluded], ["general", "specific", "excluded"], "").tolist()
 
 
 def _top(score: np.ndarray, shares: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
