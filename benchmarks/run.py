@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import attribution
 import cluster
 import correlation
 import label_finders
@@ -12,6 +11,8 @@ import memory
 import record_cost
 import unembedding
 from machine import described
+
+import attribution
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
