@@ -120,6 +120,8 @@ def section(name: str, module: Any, found: Mapping[str, Any], _seconds: float) -
             lines += [_evidence(what, each) for what, each in value.items()]
         elif isinstance(value, Evidence):
             lines.append(_evidence(_words(key), value))
+        elif isinstance(value, pl.DataFrame) and len(value) > 100:
+            continue  # a page shows what is summed up of it
         elif isinstance(value, pl.DataFrame):
             lines += [f"**{_words(key)}**", _table(value)]
         elif isinstance(value, Mapping) and value and all(isinstance(each, pl.DataFrame) for each in value.values()):

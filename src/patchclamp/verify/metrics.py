@@ -10,6 +10,8 @@
 | `"kl"` | Kullback-Leibler divergence from the network as it is, in nats per position | texts, prompts, classes |
 | `"embedding_shift"` | 1 less the cosine with the embedding of the network as it is | texts |
 
+`"kl"` keeps the log probabilities of the network as it is, of all the data, while it is tested.
+
 Or any callable `(model, batch) -> one value per example`; it runs `batch.run(model)` or whatever it likes.
 """
 

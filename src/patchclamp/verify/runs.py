@@ -63,8 +63,8 @@ class Runs:
         self._references: list[Any] = []
         self._count = ActivityCount()
         self.passes = 0.0
+        self._is_tried = self._leaves_out = False
         self.clean = self._first_run()
-        self._check_replay()
 
     def activity(self) -> Activity:
         """How active the neurons of the sites were in the first run."""
@@ -75,6 +75,7 @@ class Runs:
 
         An intervention may be a sequence of several, which act together.
         """
+        self._settle_replay(len(interventions))
         found = np.zeros((len(interventions), self.examples))
         with progress_bar("interventions", len(interventions) * len(self._batches), "runs", progress) as bar:
             for number, batch in enumerate(self._batches):
@@ -111,11 +112,18 @@ class Runs:
                 self._replay, self._kept = Replay(), []
         return clean
 
-    def _check_replay(self) -> None:
-        """Only what gives the network's own numbers on the first batch is used."""
-        if not self._replay:
+    def _settle_replay(self, runs: int) -> None:
+        """Lower blocks are left out only where that gives the network's own numbers on the first batch.
+
+        And only where so many runs save more than this trial costs.
+        """
+        batch, part = self._batches[0], self._replay.fraction
+        if self._is_tried or not self._replay:
             return
-        batch = self._batches[0]
+        self._leaves_out = runs * (1 - part) >= part * batch.tokens / self._tokens
+        if not self._leaves_out:
+            return
+        self._is_tried = True
         values = self._run(0, batch, [None])[0]
         wanted = self.clean[batch.examples]
         if self.metric in ("kl", "embedding_shift"):
@@ -129,13 +137,14 @@ class Runs:
         with ExitStack() as stack:
             stack.enter_context(model.evaluating())
             stack.enter_context(torch.no_grad())
-            if self._replay:
+            if self._replay and self._leaves_out:
                 stack.enter_context(self._replay.replaying(self._kept[number], batch, times))
             alone = parts[0] if isinstance(parts[0], (list, tuple)) else [parts[0]]
             chosen = [SideBySide(parts)] if times > 1 else [each for each in alone if each is not None]
             stack.enter_context(model.intervene(*chosen))
             values = measured(model, self.metric, repeated, self._references[number])
-        self.passes += times * self._replay.fraction * batch.tokens / self._tokens
+        fraction = self._replay.fraction if self._leaves_out else 1.0
+        self.passes += times * fraction * batch.tokens / self._tokens
         return values.double().cpu().numpy().reshape(times, -1)
 
 
