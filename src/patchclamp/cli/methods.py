@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 from rich.markup import escape
 from rich.table import Table
 
 from patchclamp.published import Published, methods
 
+ROOMS = ("decompose", "edit", "find", "steer", "train", "verify")
+
 
 def built() -> list[Published]:
     """All of them, by row: the rooms that hold methods are imported for it."""
-    import patchclamp.decompose
-    import patchclamp.find
-
-    assert patchclamp.find and patchclamp.decompose
+    for room in ROOMS:
+        importlib.import_module(f"patchclamp.{room}")
     return methods()
 
 
