@@ -3,7 +3,7 @@
     .venv/bin/python docs/make_cause_findings.py [NAME ...]    # all parts without a name; none with --page
 
 Each part is a file of docs/cause_findings with a function `measure`; its docstring says what is measured. What a part
-found is kept as text in docs/cause_findings/found, so that one part can be run anew by its name. Data that are not the
+found stays on the page until it is run anew, by its name. Data that are not the
 package's own are looked for in PATCHCLAMP_DATA, else in ../shared/data beside the checkout.
 """
 
@@ -26,7 +26,7 @@ import patchclamp as pc
 from patchclamp.verify import Evidence
 
 HERE = Path(__file__).resolve().parent
-PAGE, KEPT = HERE / "cause-findings.md", HERE / "cause_findings" / "found"
+PAGE = HERE / "cause-findings.md"
 PARTS = {
     "minilm": "Negation, numerals and gender in MiniLM",
     "stories": "Gender of names and dialogue in stories260K",
@@ -77,25 +77,26 @@ SETTLED = {
 
 def main(names: list[str]) -> None:
     """Run the parts that are named (all of them without a name), and write the page."""
-    KEPT.mkdir(exist_ok=True)
+    found = kept()
     for name in [] if names == ["--page"] else names or PARTS:
         started = time.perf_counter()
         module = importlib.import_module(f"cause_findings.{name}")
         try:
-            text = section(name, module, module.measure(), time.perf_counter() - started)
+            found[name] = section(name, module, module.measure())
         except FileNotFoundError as error:
             print(f"{name}: {Path(str(error)).name} is not here; what was found before stays")
             continue
-        (KEPT / f"{name}.md").write_text(text, encoding="utf-8")
         print(f"{name}: done in {time.perf_counter() - started:.0f} s", flush=True)
-    there = [name for name in PARTS if (KEPT / f"{name}.md").is_file()]
-    parts = [head()]
-    for name in there:
-        parts.append((KEPT / f"{name}.md").read_text(encoding="utf-8").rstrip())
-        if name in SETTLED:
-            parts.append(f"*Settled after looking: {SETTLED[name]}*")
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    there = [name for name in PARTS if name in found]
+    PAGE.write_text("\n\n".join([head(), *(found[name] for name in there)]) + "\n", encoding="utf-8")
     print(f"written: docs/{PAGE.name}, {len(there)} parts")
+
+
+def kept() -> dict[str, str]:
+    """Name of a part -> what the page says of it now."""
+    parts = PAGE.read_text(encoding="utf-8").split("\n## ")[1:] if PAGE.is_file() else []
+    text = {each.split("\n", 1)[0]: f"## {each.rstrip()}" for each in parts}
+    return {name: text[title] for name, title in PARTS.items() if title in text}
 
 
 def head() -> str:
@@ -109,7 +110,7 @@ def head() -> str:
     )
 
 
-def section(name: str, module: Any, found: Mapping[str, Any], _seconds: float) -> str:
+def section(name: str, module: Any, found: Mapping[str, Any]) -> str:
     """One part as text."""
     lines = [f"## {PARTS[name]}", " ".join((module.__doc__ or "").split("\n\n")[0].split())]
     more = (module.__doc__ or "").split("\n\n")[1:]
@@ -137,7 +138,9 @@ def section(name: str, module: Any, found: Mapping[str, Any], _seconds: float) -
             figures.append((_words(key), _cell(value)))
     if figures:
         lines.insert(2 if len(lines) > 2 else len(lines), _markdown(["what", "found"], figures))
-    return "\n\n".join(lines) + "\n"
+    if name in SETTLED:
+        lines.append(f"*Settled after looking: {SETTLED[name]}*")
+    return "\n\n".join(lines)
 
 
 def _evidence(what: str, evidence: Evidence) -> str:

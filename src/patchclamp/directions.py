@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from patchclamp.errors import DataError, StoreError, unknown
+from patchclamp.storage import existing_file, write_file
 
 _NAMES, _SITES = "names", "sites"
 
@@ -127,16 +127,9 @@ class Directions(Mapping[str, np.ndarray]):
 
         from safetensors.numpy import save
 
-        file = Path(path)
-        part = file.with_name(file.name + ".part")
-        try:
-            # A file has its tensors in an order of its own.
-            said = {_NAMES: json.dumps(self.names), _SITES: json.dumps(self.sites)}
-            part.write_bytes(save(dict(self._by_site), metadata=said))
-            os.replace(part, file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise StoreError(f"cannot write {file}: {error.strerror or error}") from error
+        # A file has its tensors in an order of its own.
+        said = {_NAMES: json.dumps(self.names), _SITES: json.dumps(self.sites)}
+        write_file(path, save(dict(self._by_site), metadata=said))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Directions:
@@ -149,9 +142,7 @@ class Directions(Mapping[str, np.ndarray]):
 
         from safetensors import SafetensorError, safe_open
 
-        file = Path(path)
-        if not file.is_file():
-            raise StoreError(f"there is no file {file}")
+        file = existing_file(path)
         try:
             with safe_open(file, framework="numpy") as opened:
                 said = opened.metadata() or {}

@@ -10,12 +10,12 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from patchclamp.errors import DataError, ModelError, StoreError, unknown
+from patchclamp.storage import existing_file, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -154,14 +154,7 @@ class Weights(Mapping[str, np.ndarray]):
         """
         from safetensors.numpy import save
 
-        file = Path(path)
-        part = file.with_name(file.name + ".part")
-        try:
-            part.write_bytes(save(dict(self._by_parameter), metadata={"kind": _KIND}))
-            os.replace(part, file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise StoreError(f"cannot write {file}: {error.strerror or error}") from error
+        write_file(path, save(dict(self._by_parameter), metadata={"kind": _KIND}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Weights:
@@ -172,9 +165,7 @@ class Weights(Mapping[str, np.ndarray]):
         """
         from safetensors import SafetensorError, safe_open
 
-        file = Path(path)
-        if not file.is_file():
-            raise StoreError(f"there is no file {file}")
+        file = existing_file(path)
         try:
             with safe_open(file, framework="numpy") as opened:
                 if (opened.metadata() or {}).get("kind") != _KIND:

@@ -13,7 +13,7 @@ from tests.verify.beds import FEATURES, HIDDEN, Planted, examples
 from torch import nn
 
 import patchclamp as pc
-from patchclamp.errors import DataError, StoreError, UnknownName
+from patchclamp.errors import DataError, ModelError, StoreError, UnknownName
 from patchclamp.verify.evidence import Evidence, judged
 from patchclamp.verify.matching import Activity, Controls
 
@@ -219,8 +219,8 @@ def test_every_intervention_has_its_controls() -> None:
         pc.patch(CAUSES, source.mean(0).expand(8, -1)),
         [pc.scale(CAUSES, 0.5), pc.ablate(pc.Neurons({"mlp.0": [1]}))],
     ):
-        batch = 8 if getattr(intervention, "kind", "") == "patch" else 2048
-        found = pc.verify.effect(model, intervention, "class_score", data, controls=20, batch_tokens=max(batch, 1024))
+        # A batch of 8 rows, which is what the patched activations are of.
+        found = pc.verify.effect(model, intervention, "class_score", data, controls=20, batch_tokens=1024)
         assert len(found.controls) == 20 and found.controls.std() > 0, intervention
 
 
@@ -254,7 +254,7 @@ def test_bad_input() -> None:
         (effect(metric=lambda m, b: b.run(m)[:, 0] / 0), DataError, "of example 0 is not finite"),
         (effect(metric="loess"), UnknownName, "no metric is called 'loess'. The nearest: loss"),
         (effect(given=(data[0][:1], [0])), DataError, "at least two examples"),
-        (effect(given=data[0]), Exception, "needs the class of each example"),
+        (effect(given=data[0]), ModelError, "needs the class of each example"),
         (effect(found_on="0" * 64), DataError, "has other weights now"),
         (effect(found_on=3), DataError, "found_on= is a recording or the hash"),
         (effect(match=["size"]), DataError, "match= is"),

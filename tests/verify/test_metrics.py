@@ -160,7 +160,11 @@ def test_what_is_refused() -> None:
         (lambda: per_example(bert, "loss", TEXTS), ModelError, "no head that gives logits"),
         (lambda: per_example(gpt2, "loss", []), DataError, "no (texts|examples)"),
         (lambda: per_example(gpt2, "loss", ["a mat", ""]), DataError, "no (tokens|next token)"),
-        (lambda: per_example(vit, "class_score", pc.Images(np.zeros((2, 8, 8, 3), np.uint8))), Exception, ""),
+        (
+            lambda: per_example(vit, "class_score", pc.Images(np.zeros((2, 8, 8, 3), np.uint8))),
+            ModelError,
+            "no processor",
+        ),
         (lambda: per_example(gpt2, lambda m, b: torch.zeros(2), TEXTS[:1]), DataError, r"gave \[2\]"),
     ):
         with pytest.raises(error, match=message):

@@ -22,6 +22,7 @@ from patchclamp.edit.report_page import page
 from patchclamp.errors import DataError, StoreError
 from patchclamp.model import Model
 from patchclamp.statistics import bootstrap
+from patchclamp.storage import write_file
 from patchclamp.verify import per_example
 
 Metric = str | Callable[..., Any]
@@ -249,9 +250,7 @@ class Report:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in (("report.html", self.to_html()), ("report.json", self.to_json() + "\n")):
-                part = folder / f"{name}.part"
-                part.write_text(text, encoding="utf-8")
-                os.replace(part, folder / name)
+                write_file(folder / name, text.encode("utf-8"))
         except OSError as error:
             raise StoreError(f"cannot write {folder}: {error.strerror or error}") from error
         return folder

@@ -1,5 +1,6 @@
-"""Folders on disk and places in object stores that are whole or absent: manifest, checksums. No torch here."""
+"""Files and folders, and places in object stores, that are whole or absent: manifest, checksums. No torch here."""
 
+from patchclamp.storage.files import existing_file, write_file
 from patchclamp.storage.folder import (
     FORMAT_VERSION,
     damage_of,
@@ -23,6 +24,7 @@ __all__ = [
     "OpenedStore",
     "Remote",
     "damage_of",
+    "existing_file",
     "exists",
     "leased",
     "local",
@@ -37,5 +39,6 @@ __all__ = [
     "sha256_of_file",
     "temporary_folder",
     "verify_files",
+    "write_file",
     "write_manifest",
 ]

@@ -5,8 +5,7 @@
 It is trained on facts alone, on facts after a context about something else, and on facts after a context that
 contradicts them. What is said once is mostly not believed, and the text goes on with the fact; what is said twice
 mostly is. So it can do both, and after a context of one sentence it says what it remembers. Its heads are two numbers
-wide: what they fetch, neurons have to make an answer of. It is trained anew each time, in about half a minute of one
-core.
+wide: what they fetch, neurons have to make an answer of. It is trained anew each time.
 """
 
 from __future__ import annotations

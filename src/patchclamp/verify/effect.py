@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -18,8 +18,7 @@ from patchclamp.errors import DataError
 from patchclamp.intervene import Steer
 from patchclamp.model.model import Model
 from patchclamp.neurons import Neurons
-from patchclamp.statistics import bootstrap
-from patchclamp.verify.evidence import LEVEL, Evidence, judged
+from patchclamp.verify.evidence import LEVEL, Evidence, concluded, paired
 from patchclamp.verify.matching import Activity, Controls
 from patchclamp.verify.metrics import Metric
 from patchclamp.verify.runs import Runs, touched
@@ -85,43 +84,33 @@ def effect(
         raise DataError("an interval takes at least two examples; the data has one")
     made = control_interventions(model, parts, runs.activity(), controls, seed, match)
     values = runs.values([parts, *made.interventions], progress)
-    main_passes = round(runs.passes, 6)
-    found, low, high = paired(values[0] - runs.clean, seed)
-    effects = (values[1:] - runs.clean).mean(1)
-    p, needed, verdict = judged(found, (low, high), effects, level)
-    doses = _doses(runs, parts, (found, low, high), seed) if dose else None
-    further = runs.passes - main_passes
-    guards, guard_passes = _guards(model, parts, metric, guard, seed, batch_tokens) if guard else (None, 0.0)
-    return Evidence(
+    found = concluded(
         claim or said(parts),
         name_of(metric),
-        found,
-        low,
-        high,
         runs.clean,
         values[0],
-        effects,
-        p,
-        level,
-        needed,
-        verdict,
+        (values[1:] - runs.clean).mean(1),
         made.matching,
-        doses,
-        guards,
-        main_passes,
-        further + guard_passes,
         recipe(model, parts, metric, data, controls=controls, seed=seed, match=list(match), label=label),
+        level=level,
+        seed=seed,
+        passes=runs.passes,
     )
+    main_passes = runs.passes
+    doses = _doses(runs, parts, (found.effect, found.low, found.high), seed) if dose else None
+    guards, guard_passes = _guards(model, parts, metric, guard, seed, batch_tokens) if guard else (None, 0.0)
+    further = round(runs.passes - main_passes + guard_passes, 6)
+    return replace(found, dose=doses, guards=guards, further_passes=further)
 
 
 # What the relatives of `effect` use too ----------------------------------------------------------------
 
 
-class MadeControls:
+class MadeControls(NamedTuple):
     """Control interventions, and how well they match."""
 
-    def __init__(self, interventions: list[Any], matching: pl.DataFrame) -> None:
-        self.interventions, self.matching = interventions, matching
+    interventions: list[Any]
+    matching: pl.DataFrame
 
 
 def control_interventions(
@@ -194,15 +183,6 @@ def whole_heads(model: Model, neurons: Neurons) -> dict[str, int]:
             if len(indices) == width * len(whole):
                 found[name] = site.heads
     return found
-
-
-def paired(differences: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """The mean of paired differences and its 95% interval, examples drawn anew."""
-    mean = float(differences.mean())
-    if np.ptp(differences) == 0:
-        return mean, mean, mean
-    interval = bootstrap(lambda rows: differences[rows].mean(keepdims=True), len(differences), seed=seed)
-    return mean, float(interval.low[0]), float(interval.high[0])
 
 
 def check_weights(model: Model, found_on: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from patchclamp.errors import DataError, StoreError
+from patchclamp.statistics import bootstrap
+from patchclamp.storage import existing_file, write_file
 
 LEVEL = 0.01
 VERDICTS = ("supported", "not supported", "not resolvable")
@@ -112,14 +113,7 @@ class Evidence:
         Raises:
             StoreError: the file cannot be written.
         """
-        file = Path(path)
-        part = file.with_name(file.name + ".part")
-        try:
-            part.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-            os.replace(part, file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise StoreError(f"cannot write {file}: {error.strerror or error}") from error
+        write_file(path, json.dumps(self.to_dict(), indent=1).encode("utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:
@@ -128,9 +122,7 @@ class Evidence:
         Raises:
             StoreError: the file is missing, or holds something else.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise StoreError(f"there is no file {file}")
+        file = existing_file(path)
         try:
             plain = json.loads(file.read_text(encoding="utf-8"))
             plain.pop("sentence")
@@ -146,6 +138,57 @@ class Evidence:
         from html import escape
 
         return f"<p><b>{escape(self.verdict)}</b> {escape(self.sentence)}</p>{self.matching._repr_html_()}"
+
+
+def concluded(
+    claim: str,
+    metric: str,
+    clean: np.ndarray,
+    edited: np.ndarray,
+    controls: np.ndarray,
+    matching: pl.DataFrame,
+    recipe: dict[str, Any],
+    *,
+    level: float,
+    seed: int,
+    passes: float,
+) -> Evidence:
+    """The evidence that values with and without an intervention are, `controls` being the effects of the controls.
+
+    Raises:
+        DataError: an effect that is not finite.
+    """
+    effect, low, high = paired(edited - clean, seed)
+    p, needed, verdict = judged(effect, (low, high), controls, level)
+    return Evidence(
+        claim=claim,
+        metric=metric,
+        effect=effect,
+        low=low,
+        high=high,
+        clean=clean,
+        edited=edited,
+        controls=controls,
+        p=p,
+        level=level,
+        needed=needed,
+        verdict=verdict,
+        matching=matching,
+        dose=None,
+        guards=None,
+        passes=round(passes, 6),
+        further_passes=0.0,
+        recipe=recipe,
+    )
+
+
+def paired(differences: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """The mean of paired differences and its 95% interval, examples drawn anew."""
+    mean = float(differences.mean())
+    if np.ptp(differences) == 0:
+        return mean, mean, mean
+    interval = bootstrap(lambda rows: differences[rows].mean(keepdims=True), len(differences), seed=seed)
+    return mean, float(interval.low[0]), float(interval.high[0])
 
 
 def judged(effect: float, interval: tuple[float, float], controls: np.ndarray, level: float) -> tuple[float, int, str]:

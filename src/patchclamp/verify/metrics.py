@@ -50,7 +50,7 @@ def per_example(model: Model, metric: Metric, data: Any, batch_tokens: int = 204
         DataError: the metric needs what the data does not have, or gives something else than one number per example.
         UnknownName: no metric is called so.
     """
-    if metric in COMPARING:
+    if compares(metric):
         raise DataError(f"{metric!r} compares a network with itself without an intervention: use verify.effect")
     batches = read(model, data, batch_tokens)
     values = np.zeros(sum(len(batch) for batch in batches))
@@ -75,14 +75,19 @@ def measured(model: Model, metric: Metric, batch: Batch, reference: Any = None) 
     if metric not in known:
         raise unknown("metric", str(metric), known)
     output = batch.run(model)
-    if metric in COMPARING:
+    if compares(metric):
         return checked(COMPARING[metric][1](output, batch, reference), batch, metric)
     return checked(NAMED[metric](output, batch), batch, metric)
 
 
 def reference_of(metric: Metric, output: Any, batch: Batch) -> Any:
     """What a metric that compares keeps of the network without interventions; None for the others."""
-    return COMPARING[metric][0](output, batch) if isinstance(metric, str) and metric in COMPARING else None
+    return COMPARING[str(metric)][0](output, batch) if compares(metric) else None
+
+
+def compares(metric: Metric) -> bool:
+    """Whether a metric compares the network with itself without interventions."""
+    return isinstance(metric, str) and metric in COMPARING
 
 
 def checked(values: Any, batch: Batch, name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from patchclamp.intervene import ablate, clamp
 from patchclamp.model.model import Model
 from patchclamp.neurons import Neurons
 from patchclamp.published import published
-from patchclamp.verify.effect import paired
+from patchclamp.verify.evidence import paired
 from patchclamp.verify.metrics import Metric, per_example
 from patchclamp.verify.runs import Runs, touched
 

@@ -21,7 +21,7 @@ from patchclamp.model.site import Site
 from patchclamp.progress import progress as progress_bar
 from patchclamp.verify.batches import Batch, read
 from patchclamp.verify.matching import Activity, ActivityCount
-from patchclamp.verify.metrics import Metric, measured, reference_of
+from patchclamp.verify.metrics import Metric, compares, measured, reference_of
 from patchclamp.verify.replay import Replay, without_cache
 
 _KEPT_BYTES = 1 << 30
@@ -126,7 +126,7 @@ class Runs:
         self._is_tried = True
         values = self._run(0, batch, [None])[0]
         wanted = self.clean[batch.examples]
-        if self.metric in ("kl", "embedding_shift"):
+        if compares(self.metric):
             wanted = np.zeros(len(batch))
         if not np.allclose(values, wanted, rtol=1e-4, atol=1e-5):
             self._replay, self._kept = Replay(), []
@@ -161,7 +161,7 @@ def touched(model: Model, interventions: Iterable[Any]) -> list[Site]:
 
 
 def _of_itself(model: Model, metric: Metric, batch: Batch) -> np.ndarray:
-    if metric in ("kl", "embedding_shift"):
+    if compares(metric):
         batch.run(model)
         return np.zeros(len(batch))
     return measured(model, metric, batch).double().cpu().numpy()

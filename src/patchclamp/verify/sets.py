@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +21,11 @@ from patchclamp.verify.effect import (
     control_interventions,
     effect,
     name_of,
-    paired,
     recipe,
     said,
     whole_heads,
 )
-from patchclamp.verify.evidence import LEVEL, Evidence, judged
+from patchclamp.verify.evidence import LEVEL, Evidence, concluded
 from patchclamp.verify.matching import Activity, Controls
 from patchclamp.verify.metrics import Metric
 from patchclamp.verify.runs import Runs, touched
@@ -96,21 +95,21 @@ def sufficiency(
 
     values = runs.values([silenced(Neurons()), silenced(mine), *(silenced(Neurons(each)) for each in drawn)])
     nothing, kept = values[0], values[1]
-    found, low, high = paired(kept - nothing, seed)
-    effects = (values[2:] - nothing).mean(1)
-    p, needed, verdict = judged(found, (low, high), effects, level)
-    lost = float((runs.clean - nothing).mean())
     how = recipe(model, [ablate(mine)], metric, data, controls=controls, seed=seed, to=to, label=label)
-    claim = f"Keeping {len(mine)} of {len(pool)} neurons of {', '.join(mine.sites)}, the others at {to}"
-    tables = (kept_sets.table(drawn, activity), None, None)
-    more = how | {"recovered": found / lost if lost else float("nan")}
-    return Evidence(
-        *(claim, name_of(metric), found, low, high, nothing, kept, effects, p, level, needed, verdict),
-        *tables,
-        runs.passes,
-        0.0,
-        more,
+    found = concluded(
+        f"Keeping {len(mine)} of {len(pool)} neurons of {', '.join(mine.sites)}, the others at {to}",
+        name_of(metric),
+        nothing,
+        kept,
+        (values[2:] - nothing).mean(1),
+        kept_sets.table(drawn, activity),
+        how,
+        level=level,
+        seed=seed,
+        passes=runs.passes,
     )
+    lost = float((runs.clean - nothing).mean())
+    return replace(found, recipe=how | {"recovered": found.effect / lost if lost else float("nan")})
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,12 +181,17 @@ def leaderboard(
         pooled = [each for one in made.values() for each in one.interventions][:number]
         effects = (runs.values(pooled, progress) - runs.clean).mean(1) if pooled else np.zeros(0)
         for name in members:
-            found, low, high = paired(values[name] - runs.clean, seed)
-            p, needed, verdict = judged(found, (low, high), effects, level)
-            how = recipe(model, parts[name], metric, data, controls=number, seed=seed, sets=len(parts), label=label)
-            evidence[name] = Evidence(
-                *(f"{name}: {said(parts[name])}", name_of(metric), found, low, high, runs.clean, values[name]),
-                *(effects, p, level, needed, verdict, made[name].matching, None, None, runs.passes, 0.0, how),
+            evidence[name] = concluded(
+                f"{name}: {said(parts[name])}",
+                name_of(metric),
+                runs.clean,
+                values[name],
+                effects,
+                made[name].matching,
+                recipe(model, parts[name], metric, data, controls=number, seed=seed, sets=len(parts), label=label),
+                level=level,
+                seed=seed,
+                passes=runs.passes,
             )
     rows = [
         (name, len(candidate_sets[name]), each.effect, each.low, each.high, each.p, each.verdict)

@@ -20,7 +20,8 @@ from patchclamp.intervene import ablate
 from patchclamp.model.model import Model
 from patchclamp.neurons import Neurons
 from patchclamp.published import published
-from patchclamp.verify.effect import canonical, checked, name_of, paired
+from patchclamp.verify.effect import canonical, checked, name_of
+from patchclamp.verify.evidence import paired
 from patchclamp.verify.metrics import Metric
 from patchclamp.verify.runs import Runs, touched
 
